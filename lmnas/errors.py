@@ -1,0 +1,35 @@
+"""What a user did wrong, said in one line: what was given, what was expected, the nearest valid name."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake of the user's. The command line prints its message alone and exits with 2."""
+
+
+class Diverged(Exception):
+    """Training reached a loss or gradient that is not finite and could not recover.
+
+    Attributes:
+        step: optimiser steps taken when it happened.
+        cause: one line for the record.
+    """
+
+    def __init__(self, step: int, cause: str):
+        super().__init__(f"diverged at step {step}: {cause}")
+        self.step = step
+        self.cause = cause
+
+
+class Interrupted(Exception):
+    """A stop was asked for (Ctrl-C, SIGTERM); the state is saved."""
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """A sentence offering the closest of `names`, or listing them when none is close."""
+    names = sorted(names)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    return f"Known: {', '.join(names) or 'none'}."

@@ -1,0 +1,296 @@
+"""The contracts between the parts. Read this file first.
+
+    recipe -> Run -> Strategy -proposes-> Genotype -> Estimator -scores on-> Task -> Trial (recorded) -> report, export
+                        ^                               | build(genotype) or a path of the supernet
+                        +---------- finished trials ----+
+
+Shapes: T time, B batch, H hidden width, V vocabulary, E edges of a table, K operations on an edge.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lmnas.decisions import Decisions
+from lmnas.genotype import Genotype
+
+Mixture = Mapping[str, Tensor]
+"""Table name -> (E, K) weights: what a supernet runs when a strategy relaxes the choice."""
+
+Choice = Genotype | Mixture | None
+"""What a body runs: one path, a mixture of all, or (None) the only thing a stand-alone body can."""
+
+Masks = Mapping[str, Tensor]
+"""Dropout masks by name, drawn once per segment, already divided by the keep probability. Empty: no dropout. Masks are
+values, so that two passes can share them (second-order search) and a fused kernel can take them."""
+
+State = Any
+"""A body's carried state: a tensor or a tuple of tensors, the batch on the axis before the last."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is measured. `unit` reads after the number: 112.3 `per word`."""
+
+    name: str
+    unit: str
+    direction: Literal["minimize", "maximize"]
+
+    def better(self, first: float, second: float) -> bool:
+        """Whether `first` beats `second`; a value that is not finite beats nothing."""
+        if first != first:
+            return False
+        return second != second or (first < second if self.direction == "minimize" else first > second)
+
+    def key(self, value: float) -> float:
+        """Sort key: the best value first, NaN last."""
+        if value != value:
+            return float("inf")
+        return value if self.direction == "minimize" else -value
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measured value: on which split, over how many predictions."""
+
+    value: float
+    split: str
+    n_predictions: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished proposal. `value` is None when it failed, and then `failure` says why."""
+
+    genotype: Genotype
+    value: float | None
+    number: int = 0
+    failure: str | None = None
+    seconds: float = 0.0
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------------------- spaces
+
+
+@dataclass(frozen=True)
+class EdgeTable:
+    """One table of a space's relaxation: a weight for every operation on every edge.
+
+    Attributes:
+        name: key in a Mixture.
+        edges: (node, predecessor) of each row.
+        ops: names of the columns.
+    """
+
+    name: str
+    edges: tuple[tuple[int, int], ...]
+    ops: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Diagram:
+    """A cell to be drawn: `nodes` as (key, label, kind) with kind input, op or output; `edges` as (from, to, label)."""
+
+    title: str
+    nodes: tuple[tuple[str, str, str], ...]
+    edges: tuple[tuple[str, str, str], ...]
+
+
+@runtime_checkable
+class Body(Protocol):
+    """The searched part of a model (an `nn.Module`). Recurrent kind: (T, B, H) -> (T, B, H)."""
+
+    width: int
+
+    def initial_state(self, batch_size: int) -> State: ...
+    def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
+        """Dropout masks for one segment; `rates` are a task's, by name (`x`, `hidden`, `weight`)."""
+        ...
+
+    def __call__(self, inputs: Tensor, state: State, masks: Masks, choice: Choice = None) -> tuple[Tensor, State]: ...
+
+
+class Supernet(Body, Protocol):
+    """A body that holds the weights of every architecture of its space."""
+
+    def inherit(self, genotype: Genotype) -> dict[str, Tensor]:
+        """The `state_dict` that `build(genotype)` takes to give this supernet's output on path `genotype`."""
+        ...
+
+
+class Space(Protocol):
+    """What can be chosen, and how it becomes a network. Its `__init__` takes the recipe's settings by keyword."""
+
+    name: str
+    kind: str
+    """Which bodies it makes: a task lists the kinds it can wrap. `recurrent`: (T, B, H) -> (T, B, H)."""
+    decisions: Decisions
+
+    def sample(self, rng: Any) -> Genotype: ...
+    def mutate(self, genotype: Genotype, rng: Any) -> Genotype: ...
+    def check(self, genotype: Genotype) -> None:
+        """Raise UserError where `genotype` is not one of this space."""
+        ...
+
+    def build(self, genotype: Genotype, width: int) -> nn.Module: ...
+    def supernet(self, width: int) -> nn.Module: ...
+    def tables(self) -> tuple[EdgeTable, ...]:
+        """The relaxation; empty where the space has none."""
+        ...
+
+    def derive(self, mixture: Mixture) -> Genotype:
+        """The discrete architecture that a mixture stands for."""
+        ...
+
+    def diagram(self, genotype: Genotype) -> Diagram: ...
+
+
+# ------------------------------------------------------------------------------------------------------ strategies
+
+
+@dataclass
+class LearnStep:
+    """What a gradient strategy may use at one step: values and losses, never a model.
+
+    Both losses are functions of (weights, mixture) with this step's data, carried state and dropout masks inside, so
+    calling one twice differs in its arguments alone.
+
+    Attributes:
+        weights: the supernet's parameters by name (leaves; never modified by the strategy).
+        learning_rate: the rate of the weights' next update, after any scaling of this step.
+    """
+
+    step: int
+    train_loss: Callable[[Mapping[str, Tensor], Mixture], Tensor]
+    valid_loss: Callable[[Mapping[str, Tensor], Mixture], Tensor]
+    weights: Mapping[str, Tensor]
+    learning_rate: float
+    weight_decay: float
+    clip: float | None
+
+
+class Strategy(Protocol):
+    """Proposes. `__init__(space, objective, seed, *, settings...)`.
+
+    The k-th proposal draws from a generator seeded by (seed, k), so replaying a record repeats it.
+    """
+
+    needs: frozenset[str]
+    """Capabilities it needs of the estimator: `shared-weights`, `mixture`."""
+
+    def ask(self, n: int) -> list[Genotype]:
+        """The next proposals; fewer than `n` (or none) when there is no more to propose."""
+        ...
+
+    def tell(self, trials: list[Trial]) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class SharingStrategy(Strategy, Protocol):
+    """A strategy that can steer the training of shared weights."""
+
+    rewards_per_round: int
+    """Proposals to ask for, score on one batch and tell after each pass over the training data; 0: none."""
+    rewards_per_update: int
+    """How many of them one `tell` takes."""
+
+    def choice(self, step: int) -> Choice:
+        """What the supernet runs at training step `step`."""
+        ...
+
+    def learn(self, step: LearnStep) -> None:
+        """One update of what the strategy learns by gradient; called only if `needs` has `mixture`."""
+        ...
+
+    def statistics(self) -> dict[str, Any]:
+        """Numbers for the learning curves: entropy of the policy, weights of the mixture."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------ estimators
+
+
+class Estimator(Protocol):
+    """Scores genotypes. `__init__(space, task, seed, *, settings...)`."""
+
+    provides: frozenset[str]
+    is_proxy: bool
+    """Its scores rank candidates but are not results (weights shared, or none trained)."""
+
+    def prepare(self, strategy: Strategy, job: Any) -> None:
+        """What must be done before the first estimate, resumable through `job` (see `lmnas.job.Job`)."""
+        ...
+
+    def load(self, directory: Any) -> None:
+        """Take over what an earlier `prepare` left in its job's directory."""
+        ...
+
+    def estimate(self, genotype: Genotype, seed: int, job: Any) -> Score: ...
+
+
+# ----------------------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass
+class Batch:
+    """One step's data. `lr_scale` multiplies the learning rate for this step (segment length over its base)."""
+
+    inputs: Tensor
+    targets: Tensor
+    lr_scale: float = 1.0
+
+
+class Stream(Protocol):
+    """Training batches in order, with a cursor that can be saved. `carry` is the model state carried between them."""
+
+    carry: State
+    epoch: int
+    steps_per_epoch: int
+    """About how many steps one pass takes, for progress."""
+
+    def next(self) -> Batch:
+        """The next batch. `epoch` grows by one when the call returns the last batch of a pass."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Task(Protocol):
+    """Data, head, loss and metric. `__init__(*, settings...)`.
+
+    A task wraps a searched body; `Model` and `Batches` are dataclasses of its settings that recipes fill in.
+    """
+
+    name: str
+    kinds: frozenset[str]
+    objective: Objective
+    Model: type
+    Batches: type
+
+    def data(self) -> dict[str, Any]:
+        """Name, fingerprint, sizes: what every result carries."""
+        ...
+
+    def model(self, body: nn.Module, settings: Any) -> nn.Module:
+        """Wrap `body`. The model has `draw_masks(batch_size, generator)` and holds the dropout rates of `settings`."""
+        ...
+
+    def stream(self, split: str, settings: Any, seed: int, *, wrap: bool = False) -> Stream: ...
+
+    def loss(
+        self, model: nn.Module, batch: Batch, carry: State, masks: Masks, choice: Choice, *, penalised: bool = True
+    ) -> tuple[Tensor, State]:
+        """Training loss of one batch (with the model's penalties if asked) and the state to carry, detached."""
+        ...
+
+    def evaluate(
+        self, model: nn.Module, split: str, settings: Any, choice: Choice = None, tick: Callable[[], None] | None = None
+    ) -> Score: ...
+
+    def reward_batches(self, settings: Any) -> Iterator[Batch]: ...
