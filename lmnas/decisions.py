@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution as Categorical
 
 from lmnas.errors import UserError, nearest
@@ -202,7 +203,7 @@ class Decisions:
 
         return count(0, {})
 
-    def distributions(self, choices: Mapping[str, Any]) -> dict[str, Categorical]:
+    def distributions(self, choices: Mapping[str, Any]) -> dict[str, BaseDistribution]:
         """Optuna's distributions of the decisions in `choices`."""
         return {key: value for name in choices for key, value in self[name].distributions().items()}
 

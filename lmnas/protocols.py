@@ -7,8 +7,9 @@
 Shapes: T time, B batch, H hidden width, V vocabulary, E edges of a table, K operations on an edge.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lmnas.decisions import Decisions
 from lmnas.genotype import Genotype
+from lmnas.job import Job
 
 Mixture = Mapping[str, Tensor]
 """Table name -> (E, K) weights: what a supernet runs when a strategy relaxes the choice."""
@@ -107,6 +109,7 @@ class Body(Protocol):
     width: int
 
     def initial_state(self, batch_size: int) -> State: ...
+    def initialise(self, generator: torch.Generator, init_range: float) -> None: ...
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
         """Dropout masks for one segment; `rates` are a task's, by name (`x`, `hidden`, `weight`)."""
         ...
@@ -129,6 +132,11 @@ class Space(Protocol):
     kind: str
     """Which bodies it makes: a task lists the kinds it can wrap. `recurrent`: (T, B, H) -> (T, B, H)."""
     decisions: Decisions
+
+    @classmethod
+    def covering(cls, genotype: Genotype) -> "Space":
+        """A space of this kind that holds `genotype`, whatever settings found it: to build, draw and transfer it."""
+        ...
 
     def sample(self, rng: Any) -> Genotype: ...
     def mutate(self, genotype: Genotype, rng: Any) -> Genotype: ...
@@ -216,21 +224,24 @@ class SharingStrategy(Strategy, Protocol):
 
 
 class Estimator(Protocol):
-    """Scores genotypes. `__init__(space, task, seed, *, settings...)`."""
+    """Scores genotypes. `__init__(space, task, seed, device, *, settings...)`."""
 
     provides: frozenset[str]
+    """Capabilities it offers a strategy."""
     is_proxy: bool
     """Its scores rank candidates but are not results (weights shared, or none trained)."""
+    is_cheap: bool
+    """An estimate takes seconds: all proposals of one `ask` are one job."""
 
-    def prepare(self, strategy: Strategy, job: Any) -> None:
-        """What must be done before the first estimate, resumable through `job` (see `lmnas.job.Job`)."""
+    def prepare(self, strategy: Strategy, job: Job) -> None:
+        """What must be done before the first estimate, resumable; leaves its files in the job's directory."""
         ...
 
-    def load(self, directory: Any) -> None:
-        """Take over what an earlier `prepare` left in its job's directory."""
+    def load(self, prepared: Path) -> None:
+        """Take over what `prepare` left in its job's directory."""
         ...
 
-    def estimate(self, genotype: Genotype, seed: int, job: Any) -> Score: ...
+    def estimate(self, genotype: Genotype, seed: int, job: Job) -> Score: ...
 
 
 # ----------------------------------------------------------------------------------------------------------- tasks
@@ -250,25 +261,36 @@ class Stream(Protocol):
 
     carry: State
     epoch: int
+    """Passes finished. Grows by one when `next` returns the last batch of a pass."""
     steps_per_epoch: int
     """About how many steps one pass takes, for progress."""
 
-    def next(self) -> Batch:
-        """The next batch. `epoch` grows by one when the call returns the last batch of a pass."""
-        ...
-
+    def next(self) -> Batch: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Task(Protocol):
-    """Data, head, loss and metric. `__init__(*, settings...)`.
+class Model(Protocol):
+    """A body with its task's head (an `nn.Module`); calling it gives the loss of one batch."""
 
-    A task wraps a searched body; `Model` and `Batches` are dataclasses of its settings that recipes fill in.
+    def initialise(self, generator: torch.Generator) -> None: ...
+    def draw_masks(self, batch: Batch, generator: torch.Generator) -> Masks: ...
+    def __call__(
+        self, batch: Batch, carry: State, masks: Masks, choice: Choice = None, penalised: bool = True
+    ) -> tuple[Tensor, State]:
+        """The mean loss (with the model's penalties if asked) and the state to carry on, detached."""
+        ...
+
+
+class Task(Protocol):
+    """Data, head, loss and metric. Its `__init__` takes the recipe's settings by keyword.
+
+    A task wraps a searched body; `Model` and `Batches` are dataclasses of settings that recipes fill in.
     """
 
     name: str
     kinds: frozenset[str]
+    """The kinds of body it can wrap."""
     objective: Objective
     Model: type
     Batches: type
@@ -277,20 +299,22 @@ class Task(Protocol):
         """Name, fingerprint, sizes: what every result carries."""
         ...
 
-    def model(self, body: nn.Module, settings: Any) -> nn.Module:
-        """Wrap `body`. The model has `draw_masks(batch_size, generator)` and holds the dropout rates of `settings`."""
-        ...
-
-    def stream(self, split: str, settings: Any, seed: int, *, wrap: bool = False) -> Stream: ...
-
-    def loss(
-        self, model: nn.Module, batch: Batch, carry: State, masks: Masks, choice: Choice, *, penalised: bool = True
-    ) -> tuple[Tensor, State]:
-        """Training loss of one batch (with the model's penalties if asked) and the state to carry, detached."""
+    def model(self, body: nn.Module, settings: Any) -> nn.Module: ...
+    def stream(self, split: str, settings: Any, seed: int) -> Stream: ...
+    def score_batch(self, model: nn.Module, batch: Batch, choice: Choice = None) -> Score:
+        """The metric on one batch, without dropout: a reward."""
         ...
 
     def evaluate(
-        self, model: nn.Module, split: str, settings: Any, choice: Choice = None, tick: Callable[[], None] | None = None
+        self,
+        model: nn.Module,
+        split: str,
+        settings: Any,
+        choice: Choice = None,
+        tick: Callable[[float], None] | None = None,
+        max_segments: int | None = None,
     ) -> Score: ...
 
-    def reward_batches(self, settings: Any) -> Iterator[Batch]: ...
+    def save_assets(self, directory: Path) -> None:
+        """What a user of the trained model needs beside its weights (a vocabulary, label names)."""
+        ...

@@ -42,7 +42,7 @@ def names(kind: str) -> list[str]:
     return sorted(COMPONENTS[kind])
 
 
-def component(kind: str, name: object) -> type:
+def component(kind: str, name: object) -> Any:
     """The class registered as `name`.
 
     Raises:

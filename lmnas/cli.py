@@ -1,0 +1,187 @@
+"""The command line. Results go to standard output (one JSON object with --json), progress to standard error.
+
+Exit codes: 0 done, 2 the user's mistake (one line says which), 130 interrupted with the state saved.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import lmnas
+from lmnas import registry
+from lmnas.errors import Interrupted, UserError
+
+STAGE_COMMANDS = {
+    "select": "retrain the best candidates shortly",
+    "train": "train the winner and the baselines from scratch",
+    "test": "test every trained model once, and load the saved one back",
+    "report": "write report.html anew",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors as one line and exit code 2, like every other mistake."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(prog="lmnas", description="Finds neural architectures for language and trains the one it found.")
+    top.add_argument("--version", action="version", version=f"lmnas {lmnas.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        added.add_argument("--json", action="store_true", help="one JSON object on standard output")
+        return added
+
+    search = command("search", "search, select, train, test and report; run again to continue")
+    search.add_argument("recipe", help="a shipped recipe's name (see `lmnas list recipes`) or a YAML file")
+    search.add_argument("--run", type=Path, help="the run directory (default: runs/RECIPE)")
+    search.add_argument("--data", help="a corpus name, a text file or a folder with train, valid and test files")
+    search.add_argument("--genotype", help="train this genotype (file or name) instead of searching for one")
+    search.epilog = "Any value of the recipe may be given by its dotted name: --train.seeds 5 --strategy random"
+
+    for name, text in STAGE_COMMANDS.items():
+        stage = command(name, f"{text}, in a run directory")
+        stage.add_argument("run", type=Path, help="the run directory")
+
+    listing = command("list", "list what there is")
+    listing.add_argument(
+        "what", nargs="?", choices=["spaces", "strategies", "estimators", "tasks", "recipes", "genotypes"]
+    )
+
+    show = command("show", "draw and describe a genotype")
+    show.add_argument("genotype", help="a genotype file or a shipped name, such as darts-v2")
+    show.add_argument("--width", type=int, help="count the parameters of a language model of this width")
+    show.add_argument("--vocabulary", type=int, help="words of that language model")
+    show.add_argument("--out", type=Path, help="where the pictures go (default: the current folder)")
+    return top
+
+
+def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
+    """`--a.b 3 --c=d` -> {"a.b": 3, "c": "d"}; values are YAML."""
+    overrides: dict[str, Any] = {}
+    items = list(rest)
+    while items:
+        item = items.pop(0)
+        if not item.startswith("--") or item == "--":
+            raise UserError(f"unexpected argument {item!r}; overrides look like --train.seeds 5")
+        name, equals, text = item[2:].partition("=")
+        if not equals:
+            if not items:
+                raise UserError(f"--{name}: a value is missing")
+            text = items.pop(0)
+        try:
+            overrides[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--{name}: {text!r} is not a YAML value") from None
+    return overrides
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        options, rest = parser().parse_known_args(arguments)
+        if rest and options.command != "search":
+            raise UserError(f"unexpected argument {rest[0]!r} (see `lmnas {options.command} --help`)")
+        return COMMANDS[options.command](options, rest)
+    except UserError as error:
+        print(f"lmnas: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+
+
+def say(options: argparse.Namespace, document: dict[str, Any], text: str) -> None:
+    """The command's answer: JSON if asked for, else text."""
+    print(json.dumps(document) if options.json else text)
+
+
+def _search(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from lmnas.config import load_recipe
+
+    overrides = parse_overrides(rest)
+    if options.data is not None:
+        overrides["task.data"] = options.data
+    if options.genotype is not None:
+        overrides["genotype"] = options.genotype
+    recipe = load_recipe(options.recipe, overrides)
+    return _stages(options, options.run or Path("runs") / recipe.name, recipe, None)
+
+
+def _stage(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    return _stages(options, options.run, None, options.command)
+
+
+def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | None) -> int:
+    from lmnas.progress import Display
+    from lmnas.report.tables import verdict_text
+    from lmnas.run import Run
+    from lmnas.search import STAGES, Experiment
+
+    with Run(path, recipe) as run, Display() as display:
+        experiment = Experiment(run, display)
+        try:
+            results = experiment.run_stages(
+                (stage, "report") if stage not in (None, "report") else STAGES[-1:] if stage else STAGES
+            )
+        except Interrupted:
+            run.note("interrupted")
+            again = f"lmnas search {options.recipe} --run {path}" if stage is None else f"lmnas {stage} {path}"
+            print(f"lmnas: stopped, everything is saved; the same command continues ({again})", file=sys.stderr)
+            return 130
+        report = path / "report.html"
+        document = {**results, "run": str(path), "report": str(report)}
+        lines = [verdict_text(results), f"report: {report}"]
+        if stage == "test":
+            document["reloaded"] = reloaded = experiment.reload()
+            lines.insert(1, f"saved model, loaded back: {reloaded['value']:.6f} (recorded {reloaded['recorded']:.6f})")
+    say(options, document, "\n".join(lines))
+    return 0
+
+
+def _list(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from lmnas.config import read_yaml, recipe_names, recipe_path
+    from lmnas.genotype import load_document, shipped_names
+
+    def summary(kind: str, name: str) -> str:
+        return (registry.component(kind, name).__doc__ or "").strip().splitlines()[0]
+
+    kinds = {"spaces": "space", "strategies": "strategy", "estimators": "estimator", "tasks": "task"}
+    found: dict[str, dict[str, str]] = {
+        title: {name: summary(kind, name) for name in registry.names(kind)} for title, kind in kinds.items()
+    }
+    found["recipes"] = {name: read_yaml(recipe_path(name)).get("description", "") for name in recipe_names()}
+    found["genotypes"] = {name: load_document(name).get("source", "") for name in shipped_names()}
+    chosen = {options.what: found[options.what]} if options.what else found
+    lines = []
+    for title, entries in chosen.items():
+        lines += [title, *(f"  {name:<26} {text}" for name, text in entries.items())]
+    say(options, chosen, "\n".join(lines))
+    return 0
+
+
+def _show(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from lmnas.show import describe
+
+    document, text = describe(options.genotype, options.width, options.vocabulary, options.out or Path("."))
+    say(options, document, text)
+    return 0
+
+
+COMMANDS = {
+    "search": _search,
+    **dict.fromkeys(STAGE_COMMANDS, _stage),
+    "list": _list,
+    "show": _show,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Shared weights: one supernet trained with the strategy's choices, its paths scored without training.
+
+With `reinforce` this is ENAS (Pham et al., 2018), with `random` it is random search with weight sharing (Li &
+Talwalkar, 2019, arXiv 1902.07638), with `gradient` DARTS (Liu et al., 2019): nothing here knows which.
+Scores are proxies: they rank candidates and are never results.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch.func import functional_call
+
+from lmnas.files import pack, to_device, unpack, write_atomic
+from lmnas.genotype import Genotype
+from lmnas.job import Job
+from lmnas.protocols import Batch, LearnStep, Mixture, Score, SharingStrategy, Space, State, Task, Trial
+from lmnas.train import Mean, NotFinite, Recovery, Training, WeightTraining, initialise
+
+PREPARED = "prepared.safetensors"
+
+
+class Shared:
+    """Trains the supernet in `prepare`, scores paths of it in `estimate`."""
+
+    provides = frozenset({"shared-weights", "mixture"})
+    is_proxy = True
+    is_cheap = True
+
+    def __init__(
+        self,
+        space: Space,
+        task: Task,
+        seed: int,
+        device: torch.device,
+        *,
+        training: Training,
+        valid_batch_size: Annotated[int, Field(ge=1)] | None = None,
+        score_segments: Annotated[int, Field(ge=1)] | None = None,
+    ):
+        """
+        Args:
+            training: how the supernet is trained.
+            valid_batch_size: streams of validation text in architecture steps and rewards; default: as in training.
+            score_segments: score a candidate on so many validation segments only; default: the whole split.
+        """
+        self.space = space
+        self.task = task
+        self.seed = seed
+        self.device = device
+        self.training = training
+        self.score_segments = score_segments
+        self.batches = training.batch_settings(task, "estimator.training.batches")
+        valid = {**training.batches, **({"batch_size": valid_batch_size} if valid_batch_size else {})}
+        self.valid_batches = Training(epochs=1, batches=valid).batch_settings(task, "estimator.training.batches")
+        settings = training.model_settings(task, "estimator.training.model")
+        self.model = initialise(task.model(space.supernet(settings.width), settings), seed).to(device)
+
+    def prepare(self, strategy: SharingStrategy, job: Job) -> None:
+        """Train the supernet: per step the strategy learns (if by gradient), then the weights of its choice move; after
+        each pass the strategy's proposals are rewarded (if by reinforcement), with the weights frozen."""
+        weights = WeightTraining(self.model, self.task, self.training, self.seed, self.device)
+        # one cursor over validation text for architecture steps, one for rewards
+        valid_stream = self.task.stream("valid", self.valid_batches, self.seed)
+        reward_stream = self.task.stream("valid", self.valid_batches, self.seed + 1)
+        by_gradient = "mixture" in strategy.needs
+        loss_mean = Mean()
+        recovery = Recovery(job)
+        rewards_due, ticks = 0, 0
+
+        def state() -> dict[str, Any]:
+            return {
+                "training": weights.state_dict(),
+                "valid": valid_stream.state_dict(),
+                "reward": reward_stream.state_dict(),
+                "strategy": strategy.state_dict(),
+                "loss": [loss_mean.total, loss_mean.count],
+                "rewards_due": rewards_due,
+                "ticks": ticks,
+                "recoveries": recovery.count,
+            }
+
+        def restore(saved: dict[str, Any]) -> None:
+            nonlocal rewards_due, ticks
+            weights.load_state_dict(saved["training"])
+            valid_stream.load_state_dict(to_device(saved["valid"], self.device))
+            reward_stream.load_state_dict(saved["reward"])
+            strategy.load_state_dict(saved["strategy"])
+            loss_mean.total, loss_mean.count = saved["loss"]
+            rewards_due, ticks = saved["rewards_due"], saved["ticks"]
+
+        saved = job.load()
+        if saved is None:
+            job.save(state())
+        else:
+            restore(saved)
+            recovery.count = saved["recoveries"]
+
+        while weights.stream.epoch < self.training.epochs or rewards_due:
+            epoch = weights.stream.epoch
+            if rewards_due:
+                self._reward(strategy, reward_stream.next(), weights.steps)
+                rewards_due -= 1
+                ended = rewards_due == 0
+            else:
+                try:
+                    batch = weights.draw()
+                    if by_gradient:
+                        self._learn(strategy, weights, batch, valid_stream)
+                    loss_mean.add(weights.update(batch, to_device(strategy.choice(weights.steps), self.device)))
+                except NotFinite as problem:
+                    salt = weights.salt
+                    restore(recovery.state(weights.steps, str(problem)))
+                    weights.salt = salt + 1
+                    job.save(state())
+                    continue
+                ended = weights.stream.epoch > epoch
+                if ended and strategy.rewards_per_round:
+                    rewards_due = max(1, strategy.rewards_per_round // strategy.rewards_per_update)
+                    ended = False
+            if ended:
+                job.events.emit(
+                    "epoch",
+                    epoch=weights.stream.epoch,
+                    step=weights.steps,
+                    train_loss=loss_mean.value(),
+                    valid=None,
+                    statistics=strategy.statistics(),
+                )
+                loss_mean = Mean()
+            ticks += 1
+            if ended or ticks % self.training.checkpoint_steps == 0:
+                job.save(state())
+            job.stop_if_asked(state)
+            done = min(weights.steps / weights.stream.steps_per_epoch, self.training.epochs)
+            job.progress(done, self.training.epochs, "training shared weights" if not rewards_due else "rewards")
+
+        write_atomic(
+            job.directory / PREPARED, pack({"model": self.model.state_dict(), "strategy": strategy.state_dict()})
+        )
+
+    def _learn(self, strategy: SharingStrategy, weights: WeightTraining, batch: Batch, valid_stream: Any) -> None:
+        """One architecture step: losses as functions of weights and mixture, data and dropout noise held fixed."""
+        valid = valid_stream.next()
+        valid = Batch(valid.inputs.to(self.device), valid.targets.to(self.device))
+        train_carry, valid_carry = weights.stream.carry, valid_stream.carry
+        train_masks, valid_masks = weights.masks("learn-train", batch), weights.masks("learn-valid", valid)
+        carried: State = None
+
+        def loss_on(batch: Batch, carry: State, masks: Any, parameters: Any, mixture: Mixture) -> tuple[Any, State]:
+            # the look-ahead leaves penalties out, as DARTS does
+            return functional_call(self.model, dict(parameters), (batch, carry, masks, mixture, False))
+
+        def train_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
+            return loss_on(batch, train_carry, train_masks, parameters, mixture)[0]
+
+        def valid_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
+            nonlocal carried
+            loss, carried = loss_on(valid, valid_carry, valid_masks, parameters, mixture)
+            return loss
+
+        strategy.learn(
+            LearnStep(
+                step=weights.steps,
+                train_loss=train_loss,
+                valid_loss=valid_loss,
+                weights=dict(self.model.named_parameters()),
+                learning_rate=weights.learning_rate * batch.lr_scale,
+                weight_decay=self.training.optimizer.weight_decay,
+                clip=self.training.optimizer.clip,
+            )
+        )
+        valid_stream.carry = carried
+
+    def _reward(self, strategy: SharingStrategy, batch: Batch, step: int) -> None:
+        """One update of the policy: proposals scored on the same validation batch, from zero state, no dropout."""
+        batch = Batch(batch.inputs.to(self.device), batch.targets.to(self.device))
+        genotypes = strategy.ask(strategy.rewards_per_update)
+        strategy.tell([Trial(g, self.task.score_batch(self.model, batch, g).value) for g in genotypes])
+
+    def load(self, prepared: Path) -> None:
+        self.model.load_state_dict(unpack((prepared / PREPARED).read_bytes())["model"])
+
+    def estimate(self, genotype: Genotype, seed: int, job: Job) -> Score:
+        """The path's proxy score on the validation split."""
+        return self.task.evaluate(self.model, "valid", self.batches, genotype, max_segments=self.score_segments)
+
+
+def prepared_strategy(directory: Path) -> dict[str, Any]:
+    """The strategy's state after `prepare`."""
+    return unpack((directory / PREPARED).read_bytes())["strategy"]

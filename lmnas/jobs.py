@@ -1,0 +1,228 @@
+"""What a worker does: four kinds of jobs, each a pure function of the run's recipe and a few plain arguments.
+
+prepare   train the shared weights of one search                    -> its directory's prepared.safetensors
+estimate  score genotypes with that search's estimator              -> values
+fit       train one stand-alone model from scratch                  -> model.safetensors and its validation score
+test      evaluate a fitted model on the test split                 -> value
+"""
+
+import contextlib
+import fcntl
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from lmnas import registry
+from lmnas.config import Recipe, load_recipe
+from lmnas.errors import Diverged, UserError
+from lmnas.genotype import Genotype
+from lmnas.job import Job, read_result, read_spec
+from lmnas.protocols import Estimator, Space, Strategy, Task
+from lmnas.train import Training, fit, initialise, n_parameters
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def open_task(recipe: Recipe) -> Task:
+    """One corpus serves all jobs of a process."""
+    return _open_task(json.dumps(recipe.task, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=1)
+def _open_task(section: str) -> Task:
+    return registry.create("task", json.loads(section))
+
+
+def open_space(recipe: Recipe) -> Space:
+    return registry.create("space", recipe.space)
+
+
+def covering_space(genotype: Genotype) -> Space:
+    """A space that can build and draw `genotype`; it is checked.
+
+    Raises:
+        UserError: unknown space, or not a genotype of it.
+    """
+    space = registry.component("space", genotype.space).covering(genotype)  # type: ignore[attr-defined]
+    space.check(genotype)
+    return space
+
+
+def open_strategy(recipe: Recipe, space: Space, task: Task, search: int) -> Strategy:
+    return registry.create("strategy", recipe.strategy, space, task.objective, recipe.seed + search)
+
+
+def open_estimator(recipe: Recipe, space: Space, task: Task, search: int, device: torch.device) -> Estimator:
+    return registry.create("estimator", recipe.estimator, space, task, recipe.seed + search, device)
+
+
+def open_device(name: str) -> torch.device:
+    """Raises UserError where there is no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"execution.device {name!r}: not usable here ({first}); `auto` takes what there is") from None
+    return device
+
+
+def build_model(task: Task, genotype: Genotype, training: Training, where: str = "training.model") -> torch.nn.Module:
+    settings = training.model_settings(task, where)
+    return task.model(covering_space(genotype).build(genotype, settings.width), settings)
+
+
+def count_parameters(task: Task, genotype: Genotype, training: Training) -> int:
+    """Parameters of a model, none of them allocated."""
+    with torch.device("meta"):
+        return n_parameters(build_model(task, genotype, training))
+
+
+def matching_width(task: Task, genotype: Genotype, training: Training, target: int) -> int:
+    """The width whose number of parameters comes nearest to `target` (it grows with the width)."""
+
+    def count(width: int) -> int:
+        return count_parameters(task, genotype, replace(training, model={**training.model, "width": width}))
+
+    low, high = 1, 2
+    while count(high) < target:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) < target else (low, middle)
+    return min((low, high), key=lambda width: (abs(count(width) - target), width))
+
+
+# --------------------------------------------------------------------------------------------------------- the kinds
+
+
+def _prepare(run: Path, recipe: Recipe, job: Job, device: torch.device, *, search: int) -> dict[str, Any]:
+    space, task = open_space(recipe), open_task(recipe)
+    estimator = open_estimator(recipe, space, task, search, device)
+    estimator.prepare(open_strategy(recipe, space, task, search), job)
+    return {"seconds": job.seconds}
+
+
+def _estimate(
+    run: Path,
+    recipe: Recipe,
+    job: Job,
+    device: torch.device,
+    *,
+    search: int,
+    genotypes: list[Any],
+    prepared: str | None,
+) -> dict[str, Any]:
+    task = open_task(recipe)
+    estimator = open_estimator(recipe, open_space(recipe), task, search, device)
+    if prepared is not None:
+        estimator.load(run / "jobs" / prepared)
+    values = []
+    for number, document in enumerate(genotypes):
+        genotype = Genotype.from_dict(document)
+        try:
+            score = estimator.estimate(genotype, recipe.seed + search, job)
+            values.append({"value": score.value, "n_predictions": score.n_predictions, "split": score.split})
+        except Diverged as failure:
+            values.append({"value": None, "failure": str(failure)})
+        job.progress(number + 1, len(genotypes), "scoring candidates")
+    return {"values": values, "seconds": job.seconds}
+
+
+def _fit(
+    run: Path, recipe: Recipe, job: Job, device: torch.device, *, genotype: Any, seed: int, epochs: int, model: Any
+) -> dict[str, Any]:
+    task = open_task(recipe)
+    training = replace(recipe.train.training, epochs=epochs, model={**recipe.train.training.model, **model})
+    net = initialise(build_model(task, Genotype.from_dict(genotype), training), seed).to(device)
+    return fit(net, task, training, seed, job, device)
+
+
+def _test(run: Path, recipe: Recipe, job: Job, device: torch.device, *, fitted: str) -> dict[str, Any]:
+    spec = read_spec(run / "jobs" / fitted)
+    assert spec is not None, fitted
+    return evaluate_saved(run, recipe, spec, run / "jobs" / fitted / "model.safetensors", device, job)
+
+
+def evaluate_saved(
+    run: Path, recipe: Recipe, spec: dict[str, Any], weights: Path, device: torch.device, job: Job | None = None
+) -> dict[str, Any]:
+    """The test score of saved weights; `spec` is the fit job's."""
+    task = open_task(recipe)
+    training = replace(recipe.train.training, model={**recipe.train.training.model, **spec["model"]})
+    net = build_model(task, Genotype.from_dict(spec["genotype"]), training)
+    try:
+        net.load_state_dict(load_file(weights))
+    except Exception as error:
+        raise UserError(f"model {weights}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    tick = None if job is None else (lambda done: job.progress(done, 1.0, "testing"))
+    score = task.evaluate(net.to(device), "test", training.batch_settings(task), tick=tick)
+    return {"value": score.value, "n_predictions": score.n_predictions, "split": score.split}
+
+
+KINDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "prepare": _prepare,
+    "estimate": _estimate,
+    "fit": _fit,
+    "test": _test,
+}
+
+
+def run_job(
+    run: Path,
+    name: str,
+    spec: dict[str, Any],
+    device: str,
+    report: Report = lambda update: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Do the job `name` of a run, or continue it, or return what it gave before.
+
+    Args:
+        spec: `{"kind": ..., arguments...}`, plain data.
+
+    Returns:
+        The result with `status`: `ok`, `diverged` or `out-of-memory` (then with `failure`, one line).
+
+    Raises:
+        Interrupted: `stop` said so; the state is saved.
+    """
+    directory = run / "jobs" / name
+    directory.mkdir(parents=True, exist_ok=True)
+    # a worker whose driver was killed may live for another step: wait for it
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = read_result(directory)
+        if done is not None:
+            return done
+        job = Job(directory, report, stop)
+        job.write_spec(spec)
+        recipe = load_recipe(str(run / "recipe.yaml"))
+        arguments = {key: value for key, value in spec.items() if key != "kind"}
+        try:
+            result = {"status": "ok", **KINDS[spec["kind"]](run, recipe, job, open_device(device), **arguments)}
+        except Diverged as failure:
+            result = {"status": "diverged", "failure": str(failure), "step": failure.step, "seconds": job.seconds}
+        except (MemoryError, torch.OutOfMemoryError) as failure:
+            result = {"status": "out-of-memory", "failure": _first_line(failure), "seconds": job.seconds}
+        except RuntimeError as failure:
+            # the CPU allocator has no exception type of its own
+            if "can't allocate memory" not in str(failure):
+                raise
+            result = {"status": "out-of-memory", "failure": _first_line(failure), "seconds": job.seconds}
+        job.finish(result)
+        with contextlib.suppress(OSError):
+            job.checkpoints.delete()
+        return result
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,61 @@
+"""The verdict's table, for the terminal (rich or plain lines) and as rows for a page."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from lmnas.protocols import Objective
+from lmnas.verdict import format_value
+
+Verdict = Mapping[str, Any]
+
+
+def header(verdict: Verdict, objective: Objective) -> list[str]:
+    """Column titles; the first column is text, the others are numbers."""
+    interval = f"{100 * (1 - verdict['level']):g} % interval"
+    return ["model", f"test {objective.name}, mean", interval, "n", "parameters", "tokens/s", "seconds"]
+
+
+def rows(verdict: Verdict) -> list[list[str]]:
+    """One row of text per model; `-` where nothing is known."""
+    return [
+        [
+            model["model"],
+            format_value(model["mean"]),
+            "-" if model["low"] is None else f"{format_value(model['low'])} to {format_value(model['high'])}",
+            str(model["n"]) + (f" ({model['diverged']} diverged)" if model["diverged"] else ""),
+            format_count(model["n_parameters"]),
+            format_count(model["tokens_per_second"]),
+            format_count(model["seconds"]),
+        ]
+        for model in verdict["models"]
+    ]
+
+
+def rich_table(verdict: Verdict, objective: Objective) -> Table:
+    table = Table()
+    for i, title in enumerate(header(verdict, objective)):
+        table.add_column(Text(title), justify="right" if i else "left")
+    for row in rows(verdict):
+        table.add_row(*map(Text, row))  # as Text: brackets in a name are no markup
+    return table
+
+
+def plain_lines(verdict: Verdict, objective: Objective) -> list[str]:
+    """The table in aligned columns, for output that is no terminal."""
+    table = [header(verdict, objective), *rows(verdict)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(map(_align, row, widths, range(len(row)))) for row in table]
+
+
+def _align(cell: str, width: int, column: int) -> str:
+    return cell.rjust(width) if column else cell.ljust(width)
+
+
+def format_count(value: float | None) -> str:
+    """A whole number with its thousands apart; small ones keep a digit after the point."""
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if isinstance(value, float) and abs(value) < 100 else f"{round(value):,}"

@@ -1,0 +1,189 @@
+"""The run directory: everything about one experiment, readable after any kill.
+
+recipe.yaml       the resolved recipe             jobs/<job>/      checkpoints, events, result of each job
+environment.json  versions, device, data          study.db         the trials (Optuna, SQLite)
+sessions.jsonl    starts, stops, incidents        genotype.json, model.safetensors, results.json, report.html
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+import yaml
+
+import lmnas
+from lmnas.config import Recipe, differences, load_recipe, resolved
+from lmnas.errors import UserError
+from lmnas.files import write_atomic, write_json
+from lmnas.genotype import Genotype
+from lmnas.protocols import Objective, Space, Trial
+
+NOT_THE_EXPERIMENT = ("execution",)
+"""Sections that may differ when a run is continued."""
+
+
+class Run:
+    """An open run directory; one process at a time holds it.
+
+    Args:
+        path: made if absent.
+        recipe: of a new run, or the same again to continue; None: continue what is there.
+
+    Raises:
+        UserError: not writable, held by another process, no run there, or a run of another recipe.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe | None = None):
+        self.path = path
+        if recipe is None and not (path / "recipe.yaml").is_file():
+            raise UserError(f"run {path}: no run there (recipe.yaml is missing); start one with `lmnas search`")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / "lock", "a+")  # noqa: SIM115 - held as long as the run is open
+        except OSError as error:
+            raise UserError(f"run {path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip()
+            self._lock.close()
+            raise UserError(f"run {path}: another process ({holder or 'unknown'}) is working on it") from None
+        try:
+            self._lock.truncate(0)
+            self._lock.write(f"pid {os.getpid()}")
+            self._lock.flush()
+            self.recipe = self._settle(recipe)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _settle(self, recipe: Recipe | None) -> Recipe:
+        """The recipe to follow: the given one if the directory is new or holds the same."""
+        path = self.path / "recipe.yaml"
+        if not path.is_file():
+            assert recipe is not None
+            write_atomic(path, yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True))
+            return recipe
+        stored = load_recipe(str(path))
+        if recipe is None:
+            return stored
+        differing = [d for d in differences(resolved(stored), resolved(recipe)) if d[0].split(".")[0] != "execution"]
+        if differing:
+            place, there, here = differing[0]
+            raise UserError(
+                f"run {self.path} holds another experiment: {place} is {there!r} there and {here!r} here; "
+                f"give another --run to start anew"
+            )
+        return recipe
+
+    def job(self, name: str) -> Path:
+        return self.path / "jobs" / name
+
+    def note(self, event: str, **fields: Any) -> None:
+        """An incident for `sessions.jsonl`: not part of the deterministic history."""
+        line = json.dumps({"time": round(time.time(), 3), "pid": os.getpid(), "event": event, **fields})
+        with open(self.path / "sessions.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def results(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+        return {}
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        write_json(self.path / "results.json", results)
+
+
+def environment(device: torch.device, threads: int) -> dict[str, Any]:
+    """What a result depended on besides its recipe."""
+    return {
+        "lmnas": lmnas.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "optuna": optuna.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": threads,
+        "kernel": "reference",
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+class Record:
+    """The trials of one stage as an Optuna study in the run's `study.db`; the driver is its only writer.
+
+    A trial is known by its key, so one that is told again after a kill is not doubled.
+    """
+
+    def __init__(self, run: Run, stage: str, objective: Objective, space: Space):
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.space = space
+        self.stage = stage
+        self.study = optuna.create_study(
+            storage=f"sqlite:///{run.path / 'study.db'}",
+            study_name=stage,
+            direction=objective.direction,
+            load_if_exists=True,
+        )
+        self.keys = {trial.user_attrs["key"] for trial in self.study.get_trials(deepcopy=False)}
+
+    def add(self, key: str, trial: Trial) -> None:
+        """Record a finished trial; a failure is a FAIL trial with its cause."""
+        if key in self.keys:
+            return
+        choices = trial.genotype.choices
+        failed = trial.value is None
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE,
+                value=trial.value,
+                params=self.space.decisions.parameters(choices),
+                distributions=self.space.decisions.distributions(choices),
+                user_attrs={
+                    "key": key,
+                    "genotype": trial.genotype.to_dict(),
+                    "genotype_id": trial.genotype.id,
+                    "seconds": trial.seconds,
+                    **({"failure": trial.failure} if failed else {}),
+                    **trial.notes,
+                },
+            )
+        )
+        self.keys.add(key)
+
+    def trials(self) -> list[dict[str, Any]]:
+        """The record as plain data, oldest first."""
+        return [
+            {
+                "key": t.user_attrs["key"],
+                "genotype": Genotype.from_dict(t.user_attrs["genotype"]),
+                "value": t.value,
+                **{k: v for k, v in t.user_attrs.items() if k not in ("key", "genotype")},
+            }
+            for t in self.study.get_trials(deepcopy=False)
+        ]

@@ -1,0 +1,64 @@
+"""Draw and describe a genotype."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmnas.errors import UserError
+from lmnas.genotype import Genotype, load_document
+from lmnas.jobs import covering_space
+from lmnas.report.cells import draw
+from lmnas.tasks.language_modeling import LanguageModel, ModelSettings
+from lmnas.train import n_parameters
+
+DEFAULT_WIDTH, DEFAULT_VOCABULARY = 850, 10_000
+"""The papers' Penn Treebank language model."""
+
+
+def describe(name: str, width: int | None, vocabulary: int | None, out: Path) -> tuple[dict[str, Any], str]:
+    """Pictures of a genotype in `out` (SVG and PNG), and its description as JSON values and as text.
+
+    `n_parameters` counts a tied language model of `width` and `vocabulary`, with an output bias per word unless the
+    genotype's source counts without one (`decoder_bias` in its file).
+    """
+    width, vocabulary = width or DEFAULT_WIDTH, vocabulary or DEFAULT_VOCABULARY
+    for option, value in (("--width", width), ("--vocabulary", vocabulary)):
+        if value < 1:
+            raise UserError(f"{option}: expected at least 1, got {value}")
+    document = load_document(name)
+    genotype = Genotype.from_dict(document, name)
+    space = covering_space(genotype)
+    bias = bool(document.get("decoder_bias", True))
+    with torch.device("meta"):
+        body = space.build(genotype, width)
+        model = LanguageModel(body, vocabulary, ModelSettings(width=width, decoder_bias=bias))
+    diagram = space.diagram(genotype)
+    stem = Path(name).stem
+    pictures = {"svg": out / f"{stem}.svg", "png": out / f"{stem}.png"}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        draw(diagram, pictures["svg"], "svg")
+        draw(diagram, pictures["png"], "png")
+    except OSError as error:
+        raise UserError(f"--out {out}: pictures cannot be written ({error.strerror})") from None
+    result = {
+        "genotype_id": genotype.id,
+        **genotype.to_dict(),
+        "source": document.get("source"),
+        "width": width,
+        "vocabulary": vocabulary,
+        "decoder_bias": bias,
+        "n_parameters": n_parameters(model),
+        "n_parameters_body": n_parameters(body),
+        "pictures": {kind: str(path) for kind, path in pictures.items()},
+    }
+    lines = [
+        f"{document.get('name', stem)}: genotype {genotype.id} of space {genotype.space}",
+        *([f"source: {document['source']}"] if document.get("source") else []),
+        *(f"  {name} = {value}" for name, value in genotype.choices.items()),
+        f"parameters: {result['n_parameters']:,} as a language model of width {width} and {vocabulary:,} words "
+        f"({'with' if bias else 'without'} an output bias), {result['n_parameters_body']:,} in the cell",
+        f"pictures: {pictures['svg']}, {pictures['png']}",
+    ]
+    return result, "\n".join(lines)

@@ -1,0 +1,303 @@
+"""The ENAS controller: an autoregressive LSTM policy over the decisions of any space.
+
+Pham et al., Efficient Neural Architecture Search via Parameter Sharing, 2018, sections 2.1 and 2.2
+(https://arxiv.org/abs/1802.03268). The attention over earlier nodes, the locality prior and what is fed to the next
+step follow the authors' code (https://github.com/melodyguan/enas), as the paper only says "softmax".
+
+Where we depart:
+- All rows of a batch go through the LSTM together; the authors' code samples one architecture at a time.
+- The entropy is that of every step's whole distribution, the authors' recurrent code takes -p log p of the sampled
+  token alone.
+- A decision with one option takes no step (the authors let node 1 "choose" node 0). A node that is read but whose
+  first step is not an index that is always chosen gets a step of its own that writes its anchor.
+- Decisions that are not active take no step in their row: state and next input stay as they were.
+- Weights are float64: rounding depends on the batch size, and in float32 it could change which option a given
+  uniform number falls on, so that a proposal would depend on how many were asked for at once.
+
+Shapes: n architectures, K options, H hidden width, U uniform numbers of one architecture.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmnas.decisions import Choices, Decision, Decisions, OneOf, Subset
+
+
+@dataclass(frozen=True)
+class _Step:
+    """How the controller takes one decision.
+
+    Attributes:
+        constant: nothing to choose, no LSTM step.
+        position: the node that decides (l in the paper's formulas).
+        anchors: nodes whose anchors are written by steps of their own before this one.
+        is_anchor: this step's LSTM output is the anchor of its node.
+        head: index of the linear head and embedding table; None: attention over anchors.
+    """
+
+    decision: Decision
+    constant: bool
+    position: int = -1
+    anchors: tuple[int, ...] = ()
+    is_anchor: bool = False
+    head: int | None = None
+
+
+@dataclass
+class _Rollout:
+    """Actions and activity by decision name, and the (n,) log-probability and entropy of the rows.
+
+    Actions: (n,) option indices of a OneOf, (n, K) bits of a Subset. Activity: (n,) bits, None where always active.
+    """
+
+    actions: dict[str, Tensor]
+    active: dict[str, Tensor | None]
+    log_prob: Tensor
+    entropy: Tensor
+
+
+class Controller(nn.Module):
+    """The policy π(choices).
+
+    With LSTM output s at a step, squash(x) = C tanh(x / T) and anchors a_j (LSTM output at the step of node j):
+
+        category      logits = squash(head s)                                       next input: embedding of the choice
+        index         u_j = v^T tanh(W1 a_j + W2 s)
+                      logits = squash(u_j) - (l - j)^2 / locality                   next input: a_j / (0.1 + l - j)
+        subset        log-odds = 2 squash(q_j), the two-class logits [-q_j, q_j];   next input: sum of the chosen
+                      q_j = u_j if it reads nodes, else one output of its head      anchors or embeddings / (1 + number)
+
+    Category decisions of nodes share head and embeddings with those of the same options; others have their own.
+
+    Args:
+        decisions: of the space.
+        generator: draws the initial weights, uniform in ±`init_range`.
+        hidden: H.
+        temperature: T; None: no division.
+        tanh_constant: C; None: logits as they are.
+        locality: width of the fixed prior for near nodes; None: none.
+
+    >>> controller = Controller(space.decisions, torch.Generator().manual_seed(0))
+    >>> choices = controller.sample(10, torch.Generator().manual_seed(1))
+    >>> log_prob, entropy = controller.evaluate(choices)
+    """
+
+    def __init__(
+        self,
+        decisions: Decisions,
+        generator: torch.Generator,
+        *,
+        hidden: int = 100,
+        temperature: float | None = 5.0,
+        tanh_constant: float | None = 2.5,
+        locality: float | None = 6.0,
+        init_range: float = 0.1,
+    ):
+        super().__init__()
+        self.decisions = decisions
+        self.hidden, self.temperature, self.tanh_constant, self.locality = hidden, temperature, tanh_constant, locality
+        self.plan, head_sizes = _plan(decisions)
+        self.n_uniforms = sum(
+            len(step.decision.options) if isinstance(step.decision, Subset) else 1
+            for step in self.plan
+            if not step.constant
+        )
+
+        def weight(*shape: int) -> nn.Parameter:
+            drawn = torch.empty(shape, dtype=torch.float64).uniform_(-init_range, init_range, generator=generator)
+            return nn.Parameter(drawn)
+
+        self.start = weight(hidden)
+        self.W_input = weight(4 * hidden, hidden)
+        self.W_hidden = weight(4 * hidden, hidden)
+        self.W1 = weight(hidden, hidden)
+        self.W2 = weight(hidden, hidden)
+        self.v = weight(hidden)
+        self.heads = nn.ParameterList([weight(size, hidden) for size in head_sizes])
+        self.embeddings = nn.ParameterList([weight(size, hidden) for size in head_sizes])
+
+    def sample(self, n: int, generator: torch.Generator) -> list[Choices]:
+        """Draw `n` architectures in one pass."""
+        return self.draw(torch.rand(n, self.n_uniforms, dtype=torch.float64, generator=generator))[0]
+
+    @torch.no_grad()
+    def draw(self, uniforms: Tensor) -> tuple[list[Choices], Tensor, Tensor]:
+        """The architectures that uniform numbers stand for: row i depends on row i alone.
+
+        Args:
+            uniforms: (n, U) in [0, 1), float64.
+
+        Returns:
+            n choices, their log-probabilities (n,) and entropies (n,) in nats.
+        """
+        rollout = self._unroll(len(uniforms), uniforms=uniforms)
+        rows: list[Choices] = [{} for _ in range(len(uniforms))]
+        for step in self.plan:
+            decision = step.decision
+            on = rollout.active[decision.name]
+            values = rollout.actions[decision.name].tolist()
+            for row, value, is_on in zip(rows, values, [True] * len(rows) if on is None else on.tolist(), strict=True):
+                if not is_on:
+                    continue
+                if isinstance(decision, OneOf):
+                    row[decision.name] = decision.options[value]
+                else:
+                    row[decision.name] = [option for option, bit in zip(decision.options, value, strict=True) if bit]
+        return rows, rollout.log_prob, rollout.entropy
+
+    def evaluate(self, choices: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+        """Log-probability (n,) of `choices` and the entropy (n,) of the steps on their way in nats; differentiable.
+
+        Raises:
+            UserError: choices that the decisions do not allow.
+        """
+        for row in choices:
+            self.decisions.check(row, "controller")
+        given = {}
+        for decision in self.decisions:
+            name, options = decision.name, decision.options
+            if isinstance(decision, OneOf):
+                given[name] = torch.tensor([options.index(row[name]) if name in row else 0 for row in choices])
+            else:
+                bits = [[option in row.get(name, ()) for option in options] for row in choices]
+                given[name] = torch.tensor(bits, dtype=torch.bool).reshape(len(choices), len(options))
+        rollout = self._unroll(len(choices), given=given)
+        return rollout.log_prob, rollout.entropy
+
+    def _unroll(self, n: int, uniforms: Tensor | None = None, given: Mapping[str, Tensor] | None = None) -> _Rollout:
+        """Take every decision of `n` rows: the `given` actions, or those drawn by inverse CDF from `uniforms`."""
+        zeros = self.start.new_zeros(n, self.hidden)
+        rollout = _Rollout({}, {}, zeros[:, 0], zeros[:, 0])
+        start = inputs = self.start.expand(n, -1)
+        state = (zeros, zeros)
+        anchors: dict[Any, Tensor] = {}  # node -> (n, H)
+        used = 0
+
+        for step in self.plan:
+            decision = step.decision
+            name, size = decision.name, len(decision.options)
+            on = rollout.active[name] = self._active(decision, rollout)
+            if step.constant:
+                empty = (n,) if isinstance(decision, OneOf) else (n, size)
+                rollout.actions[name] = torch.zeros(empty, dtype=torch.long)
+                continue
+
+            for node in step.anchors:
+                state = torch.lstm_cell(start, state, self.W_input, self.W_hidden)
+                anchors[node] = state[0]
+            s, cell = torch.lstm_cell(inputs, state, self.W_input, self.W_hidden)
+            state = _where(on, s, state[0]), _where(on, cell, state[1])
+
+            if step.head is None:
+                memory = torch.stack([anchors[option] for option in decision.options], 1)  # (n, K, H)
+                scores = torch.tanh(memory @ self.W1.T + (s @ self.W2.T)[:, None]) @ self.v
+            else:
+                memory = self.embeddings[step.head].expand(n, -1, -1)
+                scores = F.linear(s, self.heads[step.head])
+            if step.is_anchor:
+                anchors[step.position] = s
+            logits = self._squash(scores)  # (n, K)
+
+            if isinstance(decision, OneOf):
+                distance = None
+                if step.head is None:
+                    distance = step.position - torch.tensor(decision.options, dtype=torch.float64)  # l - j
+                    if self.locality is not None:
+                        logits = logits - distance**2 / self.locality
+                log_p = F.log_softmax(logits, -1)
+                p = log_p.exp()
+                if given is not None:
+                    action = given[name]
+                else:
+                    assert uniforms is not None
+                    # the last sum may round to less than 1: the clamp catches a uniform number above it
+                    action = (p.cumsum(-1) <= uniforms[:, used, None]).sum(-1).clamp(max=size - 1)
+                    used += 1
+                step_log_prob = log_p.gather(-1, action[:, None])[:, 0]
+                step_entropy = -(p * log_p).sum(-1)
+                following = memory[torch.arange(n), action]
+                if distance is not None:
+                    following = following / (0.1 + distance[action])[:, None]
+            else:
+                log_yes, log_no = F.logsigmoid(2 * logits), F.logsigmoid(-2 * logits)
+                if given is not None:
+                    action = given[name]
+                else:
+                    assert uniforms is not None
+                    action = uniforms[:, used : used + size] < log_yes.exp()
+                    used += size
+                step_log_prob = torch.where(action, log_yes, log_no).sum(-1)
+                step_entropy = -(log_yes.exp() * log_yes + log_no.exp() * log_no).sum(-1)
+                chosen = action.to(logits.dtype)[..., None]
+                following = (chosen * memory).sum(1) / (1 + chosen.sum(1))
+
+            rollout.actions[name] = action
+            if on is not None:
+                step_log_prob, step_entropy = step_log_prob * on, step_entropy * on
+            rollout.log_prob = rollout.log_prob + step_log_prob
+            rollout.entropy = rollout.entropy + step_entropy
+            inputs = _where(on, following, inputs)
+        return rollout
+
+    def _squash(self, logits: Tensor) -> Tensor:
+        if self.temperature is not None:
+            logits = logits / self.temperature
+        return logits if self.tanh_constant is None else self.tanh_constant * torch.tanh(logits)
+
+    def _active(self, decision: Decision, rollout: _Rollout) -> Tensor | None:
+        """(n,) whether `decision` is asked in each row; None: in all. As `Decisions.is_active`, for a batch."""
+        if decision.when is None:
+            return None
+        parent, values = decision.when
+        actions = rollout.actions[parent]
+        if isinstance(self.decisions[parent], Subset):  # its value is a list, never one of `values`
+            return torch.zeros(len(actions), dtype=torch.bool)
+        on = torch.tensor([option in values for option in self.decisions[parent].options])[actions]
+        above = rollout.active[parent]
+        return on if above is None else on & above
+
+
+def _where(on: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """`new` in the rows that are on (None: all), `old` elsewhere; (n, H)."""
+    return new if on is None else torch.where(on[:, None], new, old)
+
+
+def _plan(decisions: Decisions) -> tuple[list[_Step], list[int]]:
+    """How each decision is taken, and the sizes of the linear heads."""
+    asked = [decision for decision in decisions if decision.count() > 1]
+    read: set[Any] = {node for decision in asked if decision.reads_node for node in decision.options}
+    first: dict[int, Decision] = {}
+    for decision in asked:
+        if decision.node is not None:
+            first.setdefault(decision.node, decision)
+    # an index that only some rows choose would leave the others without an anchor
+    own = {node for node, decision in first.items() if decision.reads_node and decision.when is None}
+    missing = sorted(read - own)
+
+    heads: dict[Any, int] = {}
+    sizes: list[int] = []
+    plan = []
+    for decision in decisions:
+        if decision.count() == 1:
+            plan.append(_Step(decision, constant=True))
+            continue
+        position = -1 if decision.node is None else decision.node
+        head = None
+        if decision.reads_node:
+            # a reader that belongs to no node (which one is the output?) stands behind all it reads
+            position = max(position, 1 + max(int(option) for option in decision.options))
+        else:
+            key = (type(decision), decision.options) if decision.node is not None else decision.name
+            head = heads.setdefault(key, len(heads))
+            if head == len(sizes):
+                sizes.append(len(decision.options))
+        ready = tuple(node for node in missing if node <= position)
+        missing = missing[len(ready) :]
+        is_anchor = decision.node in own and first[decision.node] is decision
+        plan.append(_Step(decision, False, position, ready, is_anchor, head))
+    return plan, sizes

@@ -1,0 +1,331 @@
+"""Language modelling: predict the next token of a text, with truncated BPTT and carried hidden state.
+
+The model around a searched body is that of AWD-LSTM as ENAS and DARTS use it (Merity et al., 2018, arXiv 1708.02182;
+Liu et al., 2019, appendix A.1.2): embedding with dropout of whole words -> locked dropout -> body -> locked dropout ->
+tied linear layer with a bias; activation regularisation (AR) on the dropped and temporal AR (TAR) on the raw outputs.
+
+Shapes: T time, B batch, H width, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from lmnas.errors import UserError
+from lmnas.ops.dropout import draw_mask
+from lmnas.protocols import Batch, Choice, Masks, Objective, Score, State
+from lmnas.seeds import rng
+from lmnas.tasks.corpora import Corpus, open_corpus
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """Sizes and regularisation of a language model."""
+
+    width: Annotated[int, Field(ge=1)]
+    """Units of the embedding and of the body (tied, so one number)."""
+    init_range: Annotated[float, Field(gt=0)] = 0.04
+    """Weights start uniform within this distance of zero."""
+    dropout_embedding: Rate = 0.0
+    """Whole words dropped from the embedding."""
+    dropout_input: Rate = 0.0
+    """Locked dropout on the embedded words."""
+    dropout_x: Rate = 0.0
+    """Inside the body: one mask a segment on its input."""
+    dropout_hidden: Rate = 0.0
+    """Inside the body: one mask a segment on hidden states."""
+    dropout_output: Rate = 0.0
+    """Locked dropout on the body's output."""
+    dropout_weight: Rate = 0.0
+    """DropConnect on recurrent weights, for bodies that have it (AWD-LSTM)."""
+    ar: Annotated[float, Field(ge=0)] = 0.0
+    """Coefficient of the mean squared dropped output."""
+    tar: Annotated[float, Field(ge=0)] = 0.0
+    """Coefficient of the mean squared difference of successive raw outputs."""
+    decoder_bias: bool = True
+    """A bias per word in the output layer (DARTS has one, ENAS none)."""
+
+
+@dataclass(kw_only=True)
+class BatchSettings:
+    """How a text becomes batches."""
+
+    batch_size: Annotated[int, Field(ge=1)]
+    """Parallel streams of text in training."""
+    bptt: Annotated[int, Field(ge=1)] = 35
+    """Base length of a segment, in tokens."""
+    length_std: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of random lengths around the base; 0: constant. At least 5, at most base + 20."""
+    short_probability: Rate = 0.0
+    """How often the base is halved."""
+    eval_batch_size: Annotated[int, Field(ge=1)] = 10
+    """Parallel streams when validating."""
+    test_batch_size: Annotated[int, Field(ge=1)] = 1
+    """Parallel streams when testing: 1 predicts every token but the first."""
+
+
+class LanguageModel(nn.Module):
+    """A body between a tied embedding and softmax. Calling it gives the loss of one batch.
+
+    The embedding is (V, H) and serves both ends.
+    """
+
+    def __init__(self, body: nn.Module, vocabulary: int, settings: ModelSettings):
+        super().__init__()
+        self.settings = settings
+        self.embedding = nn.Parameter(torch.empty(vocabulary, settings.width))
+        if settings.decoder_bias:
+            self.bias = nn.Parameter(torch.zeros(vocabulary))
+        else:
+            self.register_parameter("bias", None)
+        self.body = body
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Embedding uniform in ±init_range, bias zero, body as it sees fit."""
+        scale = self.settings.init_range
+        nn.init.uniform_(self.embedding, -scale, scale, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self.body.initialise(generator, scale)  # type: ignore[operator]
+
+    def draw_masks(self, batch: Batch, generator: torch.Generator) -> Masks:
+        """One segment's dropout masks: `embedding` (V, 1), `input` and `output` (B, H), and the body's own."""
+        s, like = self.settings, self.embedding
+        batch_size = batch.inputs.shape[1]
+        masks = {}
+        if s.dropout_embedding > 0:
+            masks["embedding"] = draw_mask((like.shape[0], 1), s.dropout_embedding, generator, like)
+        for name, rate in (("input", s.dropout_input), ("output", s.dropout_output)):
+            if rate > 0:
+                masks[name] = draw_mask((batch_size, s.width), rate, generator, like)
+        rates = {"x": s.dropout_x, "hidden": s.dropout_hidden, "weight": s.dropout_weight}
+        return masks | self.body.draw_masks(batch_size, rates, generator)  # type: ignore[operator]
+
+    def forward(
+        self, batch: Batch, carry: State, masks: Masks, choice: Choice = None, penalised: bool = True
+    ) -> tuple[Tensor, State]:
+        """Mean negative log-likelihood of a segment in nats, plus AR and TAR if `penalised`.
+
+        Args:
+            batch: inputs and targets of (T, B) token ids.
+            carry: the body's state before the segment; None: its initial state.
+
+        Returns:
+            The scalar loss and the state after the segment, detached.
+        """
+        if carry is None:
+            carry = self.body.initial_state(batch.inputs.shape[1])  # type: ignore[operator]
+        embedded = F.embedding(batch.inputs, self.embedding)
+        if "embedding" in masks:
+            embedded = embedded * masks["embedding"][batch.inputs]
+        if "input" in masks:
+            embedded = embedded * masks["input"]
+        raw, state = self.body(embedded, carry, masks, choice)
+        dropped = raw * masks["output"] if "output" in masks else raw
+        logits = F.linear(dropped.flatten(0, 1), self.embedding, self.bias)
+        loss = F.cross_entropy(logits, batch.targets.flatten())
+        if penalised and self.settings.ar > 0:
+            loss = loss + self.settings.ar * dropped.square().mean()
+        if penalised and self.settings.tar > 0 and len(raw) > 1:
+            loss = loss + self.settings.tar * (raw[1:] - raw[:-1]).square().mean()
+        return loss, detach(state)
+
+
+def detach(state: State) -> State:
+    return state.detach() if isinstance(state, Tensor) else tuple(detach(part) for part in state)
+
+
+class Segments:
+    """A text as B parallel streams, cut into segments along time; the training stream of `Task`.
+
+    The B columns are contiguous parts of the text; what does not fill a row is left out. At the end of a pass the
+    cursor and the carried state start anew. A segment at the end may be shorter; `lr_scale` is its length over the
+    base (DARTS scales by the drawn length even where the text ends sooner).
+    """
+
+    def __init__(self, tokens: Tensor, settings: BatchSettings, seed: int, purpose: str):
+        rows = len(tokens) // settings.batch_size
+        if rows < 2:
+            raise UserError(
+                f"batch_size {settings.batch_size}: split {purpose!r} has only {len(tokens)} tokens, "
+                f"expected at least two per stream"
+            )
+        if settings.bptt >= rows:
+            raise UserError(
+                f"bptt {settings.bptt}: longer than the {rows - 1} predictions per stream that split {purpose!r} has "
+                f"at batch_size {settings.batch_size}"
+            )
+        self.columns = tokens[: rows * settings.batch_size].view(settings.batch_size, rows)
+        self.settings = settings
+        self.seed = seed
+        self.purpose = purpose
+        self.position = 0
+        self.drawn = 0
+        self.epoch = 0
+        self.carry: State = None
+
+    @property
+    def rows(self) -> int:
+        return self.columns.shape[1]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        s = self.settings
+        return max(1, round((self.rows - 1) / (s.bptt * (1 - s.short_probability / 2))))
+
+    def _length(self) -> int:
+        """The length to draw next; fresh for every index, so a cursor is all the state there is."""
+        s = self.settings
+        draws = rng(self.seed, "bptt", self.purpose, self.drawn)
+        base = s.bptt / 2 if draws.random() < s.short_probability else s.bptt
+        if s.length_std == 0:
+            return max(1, int(base))
+        return min(max(5, int(draws.gauss(base, s.length_std))), s.bptt + 20)
+
+    def next(self) -> Batch:
+        if self.position == 0:
+            self.carry = None
+        length = min(self._length(), self.rows - 1 - self.position)
+        window = self.columns[:, self.position : self.position + length + 1].t().long()
+        self.position += length
+        self.drawn += 1
+        if self.position >= self.rows - 1:
+            self.position = 0
+            self.epoch += 1
+        return Batch(window[:-1].contiguous(), window[1:].contiguous(), length / self.settings.bptt)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "drawn": self.drawn, "epoch": self.epoch, "carry": self.carry}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position, self.drawn, self.epoch = state["position"], state["drawn"], state["epoch"]
+        self.carry = state["carry"]
+
+
+class LanguageModeling:
+    """The task: a corpus, the model above, perplexity per token (bits per character at character level)."""
+
+    name = "language-modeling"
+    kinds = frozenset({"recurrent"})
+    Model = ModelSettings
+    Batches = BatchSettings
+
+    def __init__(
+        self,
+        *,
+        data: str = "pydoc",
+        level: Literal["word", "char"] = "word",
+        tokenizer: Literal["whitespace", "words"] | None = None,
+        min_count: Annotated[int, Field(ge=1)] | None = None,
+        max_vocabulary: Annotated[int, Field(ge=2)] | None = None,
+        max_train_tokens: Annotated[int, Field(ge=1)] | None = None,
+    ):
+        """
+        Args:
+            data: `pydoc` (embedded), `ptb`, `wikitext-2`, `wikitext-103`, or the path of a text file or a folder with
+                train, valid and test files.
+            level: tokens are words or characters.
+            tokenizer: `whitespace` for text that is tokenised already, `words` for raw text; default by corpus.
+            min_count: words rarer than this in the training split become <unk>; default by corpus.
+            max_vocabulary: keep at most so many of the most frequent words.
+            max_train_tokens: train on the beginning of the training split only.
+        """
+        settings = {} if min_count is None else {"min_count": min_count}
+        self.corpus: Corpus = open_corpus(
+            data,
+            level=level,
+            tokenizer=tokenizer,
+            max_vocabulary=max_vocabulary,
+            max_train_tokens=max_train_tokens,
+            **settings,
+        )
+        self.level = level
+        if level == "word":
+            self.objective = Objective("perplexity", "per word", "minimize")
+        else:
+            self.objective = Objective("bits", "per character", "minimize")
+
+    def data(self) -> dict[str, Any]:
+        return self.corpus.info()
+
+    @property
+    def vocabulary(self) -> list[str]:
+        return self.corpus.vocabulary
+
+    def model(self, body: nn.Module, settings: ModelSettings) -> LanguageModel:
+        return LanguageModel(body, len(self.corpus.vocabulary), settings)
+
+    def stream(self, split: str, settings: BatchSettings, seed: int) -> Segments:
+        return Segments(self.corpus.splits[split], settings, seed, split)
+
+    def value(self, nats: float) -> float:
+        """The metric of a mean negative log-likelihood."""
+        if self.level == "char":
+            return nats / math.log(2)
+        return math.exp(nats) if nats < 700 else math.inf
+
+    @torch.no_grad()
+    def score_batch(self, model: nn.Module, batch: Batch, choice: Choice = None) -> Score:
+        """The metric on one batch from zero state without dropout: a reward."""
+        loss, _ = model(batch, None, {}, choice, penalised=False)
+        return Score(self.value(loss.item()), "valid", batch.targets.numel())
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        model: nn.Module,
+        split: str,
+        settings: BatchSettings,
+        choice: Choice = None,
+        tick: Callable[[float], None] | None = None,
+        max_segments: int | None = None,
+    ) -> Score:
+        """The metric over a whole split, state carried, divided by the number of predictions made.
+
+        Args:
+            tick: called with the fraction done.
+            max_segments: stop after so many segments (cheap proxies).
+        """
+        batch_size = settings.test_batch_size if split == "test" else settings.eval_batch_size
+        device = next(model.parameters()).device
+        columns = self._columns(self.corpus.splits[split], batch_size)
+        total, count, carry = torch.zeros((), dtype=torch.float64, device=device), 0, None
+        for number, batch in enumerate(self._segments(columns, settings.bptt)):
+            if max_segments is not None and number >= max_segments:
+                break
+            batch = Batch(batch.inputs.to(device), batch.targets.to(device))
+            loss, carry = model(batch, carry, {}, choice, penalised=False)
+            total += loss.double() * batch.targets.numel()
+            count += batch.targets.numel()
+            if tick:
+                tick(count / (columns.numel() - batch_size))
+        return Score(self.value(total.item() / count), split, count)
+
+    @staticmethod
+    def _columns(tokens: Tensor, batch_size: int) -> Tensor:
+        # a split too short for so many streams is read in fewer
+        batch_size = min(batch_size, len(tokens) // 2)
+        rows = len(tokens) // batch_size
+        return tokens[: rows * batch_size].view(batch_size, rows)
+
+    @staticmethod
+    def _segments(columns: Tensor, bptt: int) -> Iterator[Batch]:
+        rows = columns.shape[1]
+        for start in range(0, rows - 1, bptt):
+            window = columns[:, start : min(start + bptt, rows - 1) + 1].t().long()
+            yield Batch(window[:-1].contiguous(), window[1:].contiguous())
+
+    def save_assets(self, directory: Path) -> None:
+        """What a user of the trained model needs beside its weights: the vocabulary, one token a line, in id order."""
+        from lmnas.files import write_json
+
+        write_json(directory / "vocabulary.json", self.corpus.vocabulary)
