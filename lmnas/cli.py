@@ -122,7 +122,8 @@ def _stage(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | None) -> int:
     from lmnas.progress import Display
-    from lmnas.report.tables import verdict_text
+    from lmnas.protocols import Objective
+    from lmnas.report.tables import plain_lines
     from lmnas.run import Run
     from lmnas.search import STAGES, Experiment
 
@@ -139,10 +140,14 @@ def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | N
             return 130
         report = path / "report.html"
         document = {**results, "run": str(path), "report": str(report)}
-        lines = [verdict_text(results), f"report: {report}"]
+        lines = []
+        if results["verdict"]:
+            table = plain_lines(results["verdict"], Objective(**results["objective"]))
+            lines = [*table, "", results["verdict"]["sentence"]]
         if stage == "test":
             document["reloaded"] = reloaded = experiment.reload()
-            lines.insert(1, f"saved model, loaded back: {reloaded['value']:.6f} (recorded {reloaded['recorded']:.6f})")
+            lines.append(f"saved model, loaded back: {reloaded['value']:.6f} (recorded {reloaded['recorded']:.6f})")
+        lines.append(f"report: {report}")
     say(options, document, "\n".join(lines))
     return 0
 

@@ -1,7 +1,7 @@
 """Recipes: complete YAML files, read into checked dataclasses.
 
-`lmnas search NAME_OR_PATH --train.training.epochs 5 --strategy random`: dotted names override single values; a component
-may be given by its name alone.
+`lmnas search NAME_OR_PATH --train.training.epochs 5 --strategy random`: dotted names override single values; a
+component may be given by its name alone.
 """
 
 import copy
@@ -71,7 +71,7 @@ class Baseline:
     __pydantic_config__ = STRICT
 
     source: str
-    """`random`: the best of as many random candidates as the search sent to selection. Else a genotype: name or file."""
+    """A genotype's name or file; or `random`: the best of as many random candidates as the search sent to selection."""
     model: dict[str, Any] = field(default_factory=dict)
     """Settings of the task's model that differ from those of the searched one."""
     match_parameters: bool = True

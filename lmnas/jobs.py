@@ -49,7 +49,7 @@ def covering_space(genotype: Genotype) -> Space:
     Raises:
         UserError: unknown space, or not a genotype of it.
     """
-    space = registry.component("space", genotype.space).covering(genotype)  # type: ignore[attr-defined]
+    space = registry.component("space", genotype.space).covering(genotype)
     space.check(genotype)
     return space
 

@@ -115,7 +115,8 @@ class WeightTraining:
 
     def masks(self, purpose: str, batch: Batch) -> Any:
         """This step's dropout masks for one purpose."""
-        return self.model.draw_masks(batch, generator(self.seed, "masks", purpose, self.salt, self.steps))
+        noise = generator(self.seed, "masks", purpose, self.salt, self.steps)
+        return self.model.draw_masks(batch, noise)  # type: ignore[operator]
 
     def update(self, batch: Batch, choice: Choice = None) -> float:
         """One optimiser step on `batch`.

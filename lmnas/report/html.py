@@ -44,22 +44,21 @@ STYLE = """
   --paper: #14181d; --ink: #e4e8ec; --faint: #98a4af; --line: #323b45; --panel: #1d232a; --input: #1f3f5f;
   --output: #21482f; --accent: #6aabec; --warn: #eba25c } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif }
 h1 { font-size: 1.1rem; color: var(--faint); font-weight: 600; margin: 0; overflow-wrap: anywhere }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid var(--line) }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
-.verdict { font-size: 1.3rem; line-height: 1.4; margin: .5rem 0 1rem; border-left: 4px solid var(--accent);
-  padding-left: .8rem }
+.verdict { font-size: 1.25rem; line-height: 1.4; margin: .5rem 0 1rem; max-width: 60rem;
+  border-left: 4px solid var(--accent); padding-left: .8rem }
 .faint, figcaption { color: var(--faint); font-size: .9rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
 th { color: var(--faint); font-weight: 600 }
 .number { text-align: right; white-space: nowrap }
-td { overflow-wrap: anywhere; min-width: 3rem }
 .tag { font-size: .78rem; color: var(--warn); border: 1px solid; border-radius: .6rem; padding: 0 .4rem }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
 figure { margin: .5rem 0; overflow-x: auto }
 figure svg { height: auto; max-width: 100% }
 figure.cell svg { max-width: none }
@@ -70,8 +69,8 @@ summary { cursor: pointer; margin-top: .8rem }
 """
 
 CONTINUE = """
-<p>To continue this run, or to redo a stage whose records were removed, give the same command again: what is finished
-is kept. The architecture on its own:</p>
+<p>To continue this run, give the same command again: what is finished is kept. The architecture
+on its own, once it is chosen:</p>
 <pre>from lmnas.genotype import load_genotype
 
 genotype = load_genotype("genotype.json")  # in this folder; the trained weights are in model.safetensors</pre>

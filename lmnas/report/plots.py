@@ -111,9 +111,10 @@ def learning_curves(curves: Sequence[Curve], objective: Objective) -> str | None
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels([title for _, title in panels])
         colours = _model_colours(curve.model for curve in curves)
+        ordered = sorted(curves, key=lambda curve: list(colours).index(curve.model))
         for panel, (key, _) in zip(axes, panels, strict=True):
             labelled: set[str] = set()
-            for curve in curves:
+            for curve in ordered:
                 label = None if curve.model in labelled else curve.model
                 labelled.add(curve.model)
                 _line(panel, *curve.points(key), colours[curve.model], label)
@@ -186,7 +187,7 @@ def candidate_plot(candidates: Sequence[Mapping[str, Any]], objective: Objective
 
 def _panels(titles: Sequence[str], x_label: str = "epoch") -> tuple[Figure, list[Axes]]:
     """Panels above each other with one x-axis, narrow enough for a phone."""
-    figure = Figure(figsize=(4.4, 0.9 + 2.0 * len(titles)), layout="constrained")
+    figure = Figure(figsize=(3.8, 0.8 + 1.8 * len(titles)), layout="constrained")
     axes = list(figure.subplots(len(titles), 1, sharex=True, squeeze=False)[:, 0])
     for panel, title in zip(axes, titles, strict=True):
         panel.set_title(title)
@@ -220,7 +221,7 @@ def _scale(panel: Axes) -> None:
     values: Any = [value for line in panel.lines for value in np.asarray(line.get_ydata())]
     if values and min(values) > 0 and max(values) / min(values) > LOG_ABOVE:
         panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         panel.yaxis.set_major_formatter(FuncFormatter(_tick))
         panel.yaxis.set_minor_formatter(NullFormatter())
 
@@ -230,7 +231,7 @@ def _tick(value: float, position: int | None = None) -> str:
 
 
 def _legend(figure: Figure, panel: Axes) -> None:
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper left", ncols=4)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper left", ncols=3)
 
 
 def _model_colours(models: Iterable[str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lmnas.errors import UserError
+from lmnas.files import write_json
 from lmnas.ops.dropout import draw_mask
 from lmnas.protocols import Batch, Choice, Masks, Objective, Score, State
 from lmnas.seeds import rng
@@ -226,7 +227,7 @@ class LanguageModeling:
         level: Literal["word", "char"] = "word",
         tokenizer: Literal["whitespace", "words"] | None = None,
         min_count: Annotated[int, Field(ge=1)] | None = None,
-        max_vocabulary: Annotated[int, Field(ge=2)] | None = None,
+        max_vocabulary: Annotated[int, Field(ge=4)] | None = None,
         max_train_tokens: Annotated[int, Field(ge=1)] | None = None,
     ):
         """
@@ -239,14 +240,13 @@ class LanguageModeling:
             max_vocabulary: keep at most so many of the most frequent words.
             max_train_tokens: train on the beginning of the training split only.
         """
-        settings = {} if min_count is None else {"min_count": min_count}
         self.corpus: Corpus = open_corpus(
             data,
             level=level,
             tokenizer=tokenizer,
+            min_count=min_count,
             max_vocabulary=max_vocabulary,
             max_train_tokens=max_train_tokens,
-            **settings,
         )
         self.level = level
         if level == "word":
@@ -326,6 +326,4 @@ class LanguageModeling:
 
     def save_assets(self, directory: Path) -> None:
         """What a user of the trained model needs beside its weights: the vocabulary, one token a line, in id order."""
-        from lmnas.files import write_json
-
         write_json(directory / "vocabulary.json", self.corpus.vocabulary)

@@ -213,6 +213,36 @@ def test_probabilities_sum_to_one_and_the_entropy_is_exact(space):
     assert float((p * entropy).sum()) == pytest.approx(-float((p * log_prob).sum()), abs=1e-12)
 
 
+@pytest.mark.parametrize("decision", [OneOf("op", ACTIVATIONS), Subset("extras", ("norm", "gate"))])
+def test_entropy_is_that_of_the_distribution_not_of_the_sample(decision):
+    space = ToySpace([decision])
+    with torch.no_grad():
+        log_prob, entropy = make(space).controller.evaluate(enumerate_choices(space))
+    assert float(log_prob.max() - log_prob.min()) > 0.1
+    torch.testing.assert_close(entropy, -(log_prob.exp() * log_prob).sum().expand(4))
+
+
+def test_a_decision_that_is_not_active_leaves_no_trace():
+    always = [
+        OneOf("node_0.op", ("a", "b"), node=0),
+        OneOf("node_1.op", ("a", "b"), node=1),
+        OneOf("node_2.op", ("a", "b"), node=2),
+        OneOf("node_3.input", (0, 1, 2), node=3, reads_node=True),
+    ]
+    hangs_on_b = ("node_0.op", ("b",))
+    conditional = [
+        OneOf("node_2.input", (0, 1), node=2, reads_node=True, when=hangs_on_b),
+        OneOf("node_2.gate", ("a", "b"), node=2, when=("node_2.input", (1,))),
+    ]
+    without, with_them = (
+        make(ToySpace(decisions)).controller for decisions in (always, always[:2] + conditional + always[2:])
+    )
+    with_them.load_state_dict(without.state_dict())
+    rows = [row for row in enumerate_choices(ToySpace(always)) if row["node_0.op"] == "a"]
+    for first, second in zip(without.evaluate(rows)[0], with_them.evaluate(rows)[0], strict=True):
+        torch.testing.assert_close(first, second)
+
+
 def test_evaluate_repeats_the_log_prob_and_entropy_of_sampling():
     controller = make(MIXED).controller
     uniforms = torch.rand(200, controller.n_uniforms, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
