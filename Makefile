@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # tests and recipes on real data find it here; they skip with a reason where it is absent
-export LMNAS_DATA ?= $(wildcard ../shared/data)
+ifneq ($(wildcard ../shared/data),)
+export LMNAS_DATA ?= $(abspath ../shared/data)
+endif
 
 .PHONY: setup search test check format
 

@@ -129,10 +129,9 @@ def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | N
 
     with Run(path, recipe) as run, Display() as display:
         experiment = Experiment(run, display)
+        stages = STAGES if stage is None else tuple(dict.fromkeys((stage, "report")))
         try:
-            results = experiment.run_stages(
-                (stage, "report") if stage not in (None, "report") else STAGES[-1:] if stage else STAGES
-            )
+            results = experiment.run_stages(stages)
         except Interrupted:
             run.note("interrupted")
             again = f"lmnas search {options.recipe} --run {path}" if stage is None else f"lmnas {stage} {path}"

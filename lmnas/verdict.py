@@ -44,7 +44,7 @@ def summarise(scores: Sequence[Record], objective: Objective, level: float = 0.0
     models = {name: _describe(name, runs[name], level) for name in sorted(runs, key=_order)}
     comparisons = [
         _compare(runs, models, name, objective, level)
-        for name in sorted(runs, key=lambda name: (name not in COMPARED, *_order(name)[::-1]))
+        for name in sorted(runs, key=lambda name: _order(name, COMPARED))
         if name != SEARCHED and models[name]["n"] and models.get(SEARCHED, {"n": 0})["n"]
     ]
     return {
@@ -64,8 +64,9 @@ def format_value(value: float | None, digits: int = 4) -> str:
     return f"{value:.{max(0, digits - 1 - magnitude)}f}"
 
 
-def _order(model: str) -> tuple[int, str]:
-    return (list(NAMES).index(model) if model in NAMES else len(NAMES), model)
+def _order(model: str, first: Sequence[str] = tuple(NAMES)) -> tuple[int, str]:
+    """Sort key: the names of `first` as they stand there, then the others by alphabet."""
+    return (first.index(model) if model in first else len(first), model)
 
 
 def _name(model: str) -> str:

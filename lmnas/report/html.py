@@ -172,7 +172,7 @@ def _head(name: str, results: Records, curves: Sequence[Curve], objective: Objec
                 str(score.get("model", "-")),
                 str(score.get("seed", "-")),
                 str(score.get("split", "-")),
-                "diverged" if score.get("value") is None else format_value(score["value"]),
+                "diverged" if (value := format_value(score.get("value"))) == "-" else value,
                 tables.format_count(score.get("n_predictions")),
                 str(score.get("genotype_id") or "-"),
             ]
