@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lmnas import registry
@@ -152,19 +153,29 @@ def _test(run: Path, recipe: Recipe, job: Job, device: torch.device, *, fitted: 
     return evaluate_saved(run, recipe, spec, run / "jobs" / fitted / "model.safetensors", device, job)
 
 
+def load_model(recipe: Recipe, task: Task, spec: dict[str, Any], weights: Path) -> torch.nn.Module:
+    """A trained model from its weights and the spec of the job that fitted it.
+
+    Raises:
+        UserError: the file is missing, broken or of another model.
+    """
+    training = replace(recipe.train.training, model={**recipe.train.training.model, **spec["model"]})
+    net = build_model(task, Genotype.from_dict(spec["genotype"]), training)
+    try:
+        net.load_state_dict(load_file(weights))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model {weights}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    return net
+
+
 def evaluate_saved(
     run: Path, recipe: Recipe, spec: dict[str, Any], weights: Path, device: torch.device, job: Job | None = None
 ) -> dict[str, Any]:
     """The test score of saved weights; `spec` is the fit job's."""
     task = open_task(recipe)
-    training = replace(recipe.train.training, model={**recipe.train.training.model, **spec["model"]})
-    net = build_model(task, Genotype.from_dict(spec["genotype"]), training)
-    try:
-        net.load_state_dict(load_file(weights))
-    except Exception as error:
-        raise UserError(f"model {weights}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    net = load_model(recipe, task, spec, weights).to(device)
     tick = None if job is None else (lambda done: job.progress(done, 1.0, "testing"))
-    score = task.evaluate(net.to(device), "test", training.batch_settings(task), tick=tick)
+    score = task.evaluate(net, "test", recipe.train.training.batch_settings(task), tick=tick)
     return {"value": score.value, "n_predictions": score.n_predictions, "split": score.split}
 
 

@@ -315,6 +315,10 @@ class Task(Protocol):
         max_segments: int | None = None,
     ) -> Score: ...
 
+    def score_text(self, model: nn.Module, text: str) -> Score:
+        """The metric on new raw text, for users of a trained model."""
+        ...
+
     def save_assets(self, directory: Path) -> None:
         """What a user of the trained model needs beside its weights (a vocabulary, label names)."""
         ...

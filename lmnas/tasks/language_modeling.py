@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lmnas.errors import UserError
 from lmnas.files import write_json
+from lmnas.kernels import linear_cross_entropy
 from lmnas.ops.dropout import draw_mask
 from lmnas.protocols import Batch, Choice, Masks, Objective, Score, State
 from lmnas.seeds import rng
@@ -132,8 +133,7 @@ class LanguageModel(nn.Module):
             embedded = embedded * masks["input"]
         raw, state = self.body(embedded, carry, masks, choice)
         dropped = raw * masks["output"] if "output" in masks else raw
-        logits = F.linear(dropped.flatten(0, 1), self.embedding, self.bias)
-        loss = F.cross_entropy(logits, batch.targets.flatten())
+        loss = linear_cross_entropy(dropped.flatten(0, 1), self.embedding, self.bias, batch.targets.flatten())
         if penalised and self.settings.ar > 0:
             loss = loss + self.settings.ar * dropped.square().mean()
         if penalised and self.settings.tar > 0 and len(raw) > 1:
@@ -309,6 +309,20 @@ class LanguageModeling:
             if tick:
                 tick(count / (columns.numel() - batch_size))
         return Score(self.value(total.item() / count), split, count)
+
+    @torch.no_grad()
+    def score_text(self, model: nn.Module, text: str) -> Score:
+        """The metric on new text, the first token given.
+
+        Raises:
+            UserError: fewer than two tokens.
+        """
+        tokens = self.corpus.encode(text).long()
+        if len(tokens) < 2:
+            raise UserError(f"text to score: expected at least two tokens, got {len(tokens)}")
+        tokens = tokens.to(next(model.parameters()).device)[:, None]
+        loss, _ = model(Batch(tokens[:-1], tokens[1:]), None, {}, penalised=False)
+        return Score(self.value(loss.item()), "given", len(tokens) - 1)
 
     @staticmethod
     def _columns(tokens: Tensor, batch_size: int) -> Tensor:
