@@ -73,6 +73,8 @@ class BatchSettings:
     """Parallel streams when validating."""
     test_batch_size: Annotated[int, Field(ge=1)] = 1
     """Parallel streams when testing: 1 predicts every token but the first."""
+    max_train_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Train on the beginning of the training split only: a low fidelity for search."""
 
 
 class LanguageModel(nn.Module):
@@ -228,7 +230,6 @@ class LanguageModeling:
         tokenizer: Literal["whitespace", "words"] | None = None,
         min_count: Annotated[int, Field(ge=1)] | None = None,
         max_vocabulary: Annotated[int, Field(ge=4)] | None = None,
-        max_train_tokens: Annotated[int, Field(ge=1)] | None = None,
     ):
         """
         Args:
@@ -238,7 +239,6 @@ class LanguageModeling:
             tokenizer: `whitespace` for text that is tokenised already, `words` for raw text; default by corpus.
             min_count: words rarer than this in the training split become <unk>; default by corpus.
             max_vocabulary: keep at most so many of the most frequent words.
-            max_train_tokens: train on the beginning of the training split only.
         """
         self.corpus: Corpus = open_corpus(
             data,
@@ -246,7 +246,6 @@ class LanguageModeling:
             tokenizer=tokenizer,
             min_count=min_count,
             max_vocabulary=max_vocabulary,
-            max_train_tokens=max_train_tokens,
         )
         self.level = level
         if level == "word":
@@ -265,7 +264,10 @@ class LanguageModeling:
         return LanguageModel(body, len(self.corpus.vocabulary), settings)
 
     def stream(self, split: str, settings: BatchSettings, seed: int) -> Segments:
-        return Segments(self.corpus.splits[split], settings, seed, split)
+        tokens = self.corpus.splits[split]
+        if split == "train":
+            tokens = tokens[: settings.max_train_tokens]
+        return Segments(tokens, settings, seed, split)
 
     def value(self, nats: float) -> float:
         """The metric of a mean negative log-likelihood."""
