@@ -78,6 +78,10 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
             if not items:
                 raise UserError(f"--{name}: a value is missing")
             text = items.pop(0)
+            if text.startswith("--"):
+                raise UserError(f"--{name}: a value is missing before {text}")
+        if name in overrides:
+            raise UserError(f"--{name}: given twice")
         try:
             overrides[name] = yaml.safe_load(text)
         except yaml.YAMLError:
@@ -97,6 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        print(f"lmnas: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lmnas: stopped before the work began", file=sys.stderr)
+        return 130
 
 
 def say(options: argparse.Namespace, document: dict[str, Any], text: str) -> None:
@@ -108,10 +118,12 @@ def _search(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from lmnas.config import load_recipe
 
     overrides = parse_overrides(rest)
-    if options.data is not None:
-        overrides["task.data"] = options.data
-    if options.genotype is not None:
-        overrides["genotype"] = options.genotype
+    for option, dotted in (("data", "task.data"), ("genotype", "genotype")):
+        given = getattr(options, option)
+        if given is not None and dotted in overrides:
+            raise UserError(f"--{option} and --{dotted}: give one of them")
+        if given is not None:
+            overrides[dotted] = given
     recipe = load_recipe(options.recipe, overrides)
     return _stages(options, options.run or Path("runs") / recipe.name, recipe, None)
 
@@ -125,8 +137,10 @@ def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | N
     from lmnas.protocols import Objective
     from lmnas.report.tables import plain_lines
     from lmnas.run import Run
-    from lmnas.search import STAGES, Experiment
+    from lmnas.search import STAGES, Experiment, preflight
 
+    if recipe is not None:
+        preflight(recipe)  # before there is a run directory
     with Run(path, recipe) as run, Display() as display:
         experiment = Experiment(run, display)
         stages = STAGES if stage is None else tuple(dict.fromkeys((stage, "report")))

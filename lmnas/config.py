@@ -4,6 +4,7 @@
 component may be given by its name alone.
 """
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -128,15 +129,14 @@ def recipe_path(name_or_path: str) -> Path:
     Raises:
         UserError: neither; offers the nearest name.
     """
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    shipped = RECIPES / f"{name_or_path}.yaml"
-    if path.suffix in (".yaml", ".yml") or path.name != name_or_path or not shipped.is_file():
-        raise UserError(
-            f"recipe {name_or_path!r}: neither a file nor a shipped recipe. " + nearest(name_or_path, recipe_names())
-        )
-    return shipped
+    if name_or_path in recipe_names() and not Path(name_or_path).is_file():
+        return RECIPES / f"{name_or_path}.yaml"
+    with contextlib.suppress(OSError):  # a name too long for a path
+        if Path(name_or_path).is_file():
+            return Path(name_or_path)
+    raise UserError(
+        f"recipe {name_or_path!r}: neither a file nor a shipped recipe. " + nearest(name_or_path, recipe_names())
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -158,13 +158,16 @@ def override(document: dict[str, Any], dotted: str, value: Any) -> None:
         UserError: the place is not a mapping.
     """
     *parents, last = dotted.split(".")
+    if not all((*parents, last)):
+        raise UserError(f"override {dotted!r}: expected a dotted name such as train.seeds")
     place = document
     for depth, key in enumerate(parents):
         place = place.setdefault(key, {})
         if not isinstance(place, dict):
             raise UserError(f"{dotted}: {'.'.join(parents[: depth + 1])} is a value, it has no setting {last!r}")
     if not parents and last in SECTIONS and isinstance(value, str):
-        current = place.get(last, {})
+        current = place.get(last)
+        current = current if isinstance(current, dict) else {}
         value = current if current.get("name") == value else {"name": value}
         if last == "estimator" and "training" in current:
             value = {**value, "training": current["training"]}
@@ -187,7 +190,10 @@ def load_recipe(name_or_path: str | Mapping[str, Any], overrides: Mapping[str, A
         path = recipe_path(name_or_path)
         document = read_yaml(path)
         document.setdefault("name", path.stem)
-    for dotted, value in (overrides or {}).items():
+    # components first: a setting of the new component must not be dropped with those of the old one
+    for dotted, value in sorted(
+        (overrides or {}).items(), key=lambda item: item[0].removesuffix(".name") not in SECTIONS
+    ):
         override(document, dotted, value)
     recipe = Recipe(**checked(settings_model(Recipe), document, ""))
     check(recipe)
@@ -200,6 +206,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError
     """
+    _check_name(recipe.name, "name")
     for section in SECTIONS:
         value = getattr(recipe, section)
         if "name" not in value:
@@ -218,6 +225,12 @@ def check(recipe: Recipe) -> None:
             f"strategy {recipe.strategy['name']!r} needs {' and '.join(sorted(lacking))}, which estimator "
             f"{recipe.estimator['name']!r} does not provide. Estimators that do: {', '.join(able) or 'none'}."
         )
+    if "shared-weights" in estimator.provides and not hasattr(strategy, "choice"):
+        able = [name for name in registry.names("strategy") if hasattr(registry.component("strategy", name), "choice")]
+        raise UserError(
+            f"estimator {recipe.estimator['name']!r} trains shared weights on the strategy's choices, and strategy "
+            f"{recipe.strategy['name']!r} makes none. Strategies that do: {', '.join(able)}."
+        )
     task = registry.component("task", recipe.task["name"])
     space = registry.component("space", recipe.space["name"])
     if space.kind not in task.kinds:
@@ -229,15 +242,27 @@ def check(recipe: Recipe) -> None:
         training.model_settings(task, f"{where}.model")
         training.batch_settings(task, f"{where}.batches")
     for name, baseline in recipe.baselines.items():
+        _check_name(name, "baselines")
         settings = {**recipe.train.training.model, **baseline.model}
         checked(settings_model(task.Model), settings, f"baselines.{name}.model")
         if name == "searched":
             raise UserError("baselines.searched: this name belongs to the searched model; choose another")
+        if baseline.match_parameters and "width" in baseline.model:
+            raise UserError(
+                f"baselines.{name}.model.width {baseline.model['width']}: match_parameters chooses the width; "
+                f"leave one of them out (baselines.{name}.match_parameters: false)"
+            )
     if recipe.select.epochs > recipe.train.training.epochs:
         raise UserError(
             f"select.epochs {recipe.select.epochs}: longer than the final training "
             f"(train.training.epochs {recipe.train.training.epochs}); selection is meant to be the shorter one"
         )
+
+
+def _check_name(name: str, where: str) -> None:
+    """Names become parts of file names."""
+    if name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\"):
+        raise UserError(f"{where}: expected a name that can be part of a file name, got {name!r}")
 
 
 def trainings(recipe: Recipe) -> list[tuple[str, Training]]:
@@ -271,11 +296,11 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def differences(first: Any, second: Any, where: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted place, first, second) wherever two documents differ."""
+    """(dotted place, first, second) wherever two documents differ, a component's name before its settings."""
     if isinstance(first, dict) and isinstance(second, dict):
         return [
             difference
-            for key in sorted({*first, *second})
+            for key in sorted({*first, *second}, key=lambda key: (key != "name", key))
             for difference in differences(first.get(key), second.get(key), f"{where}.{key}" if where else key)
         ]
     return [] if first == second else [(where, first, second)]

@@ -108,7 +108,7 @@ class Subset:
     def check(self, value: Any) -> str | None:
         if not isinstance(value, list):
             return f"{value!r} is not a list of options"
-        wrong = [item for item in value if item not in self.options]
+        wrong = [item for item in value if not any(item == o and type(item) is type(o) for o in self.options)]
         if wrong:
             return f"{wrong[0]!r} is not one of {', '.join(map(str, self.options))}"
         if value != [option for option in self.options if option in value]:

@@ -1,6 +1,7 @@
 """Files that survive a kill: written beside, flushed to disk and renamed into place; checkpoints carry their digest."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,38 +17,84 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from lmnas.errors import UserError
+
 WRITE_ATTEMPTS = 3
-"""Transient write errors are retried so often, a second apart, before they end the run."""
+"""Writing is tried so often before an error ends the run: a file system may be full or away for a moment."""
+PAUSE_SECONDS = 1.0
+"""Between attempts."""
+
+
+def _attempt(path: Path, write: Callable[[], None]) -> None:
+    """Raises UserError with the last error after `WRITE_ATTEMPTS` tries."""
+    for attempt in range(1, WRITE_ATTEMPTS + 1):
+        try:
+            return write()
+        except OSError as error:
+            if attempt == WRITE_ATTEMPTS:
+                raise UserError(not_written(path, error)) from error
+            time.sleep(PAUSE_SECONDS)
+
+
+def not_written(path: Path, error: OSError) -> str:
+    """What to tell the user when the disk is full or away."""
+    return (
+        f"{path}: cannot be written ({error.strerror or error}); what was saved before is intact. Make room or repair "
+        f"the disk, then run the same command again to continue"
+    )
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace `path` whole or not at all.
 
     Raises:
-        OSError: the last error after `WRITE_ATTEMPTS` tries; what stood there before is untouched.
+        UserError: it cannot be written; what stood there before is untouched.
     """
     data = content.encode() if isinstance(content, str) else content
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for attempt in range(1, WRITE_ATTEMPTS + 1):
+    # always the same name, so that a continued run writes over what a kill left behind
+    beside = path.with_name(f".{path.name}.tmp")
+
+    def write() -> None:
         try:
             with open(beside, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)
-            break
         except OSError:
             with contextlib.suppress(OSError):
                 beside.unlink()
-            if attempt == WRITE_ATTEMPTS:
+            raise
+        # the rename itself must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    _attempt(path, write)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add one line to a log; a part of it that a failed attempt wrote is taken back.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    data = line.encode() + b"\n"
+
+    def write() -> None:
+        with open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                written = file.write(data)
+                if written != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
                 raise
-            time.sleep(1.0)
-    # the rename itself must reach the disk too
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+
+    _attempt(path, write)
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -76,6 +123,9 @@ def pack(state: Any) -> bytes:
             tensors[key] = value.detach().to("cpu", copy=True).contiguous()
             return {"t": key}
         if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, (bool, int, float, str, type(None))):
+                    raise TypeError(f"a checkpoint cannot hold a dict with a key of type {type(key).__name__}")
             return {"d": [[key, skeleton(item)] for key, item in value.items()]}
         if isinstance(value, (list, tuple)):
             return {"l" if isinstance(value, list) else "u": [skeleton(item) for item in value]}
@@ -135,14 +185,17 @@ class Checkpoints:
         name = f"{state['index']:06d}{'-extra' if extra else ''}-{digest(data)}.safetensors"
         write_atomic(self.directory / name, data)
         found = self._found()
-        due = [path for _, is_extra, _, path in found if not is_extra]
-        keep = {*due[-2:], self.directory / name}
+        # one of this number or a later one is broken: work goes on from before it
+        before = [path for index, is_extra, _, path in found if not is_extra and index < state["index"] + extra]
+        keep = {*before[-1 - extra :], self.directory / name}
         for _, _, _, path in found:
             if path not in keep:
                 path.unlink(missing_ok=True)
+        self._sweep()
 
     def load(self, *, due_only: bool = False) -> Any | None:
         """The newest good state, or None. A broken one is named and passed over."""
+        broken = 0
         for _, extra, expected, path in reversed(self._found()):
             if extra and due_only:
                 continue
@@ -152,11 +205,22 @@ class Checkpoints:
                     raise ValueError("its content does not match its digest")
                 return unpack(data)
             except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-                self.warn(f"checkpoint {path} is broken ({error}); going back to the one before it")
+                self.warn(f"checkpoint {path} is broken ({error}); it is passed over")
+                broken += 1
+        if broken:
+            self.warn("no good checkpoint is left; starting over")
         return None
 
     def delete(self) -> None:
         for _, _, _, path in self._found():
+            path.unlink(missing_ok=True)
+        self._sweep()
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
+
+    def _sweep(self) -> None:
+        """Remove what a kill left of a checkpoint half written."""
+        for path in self.directory.glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
 
@@ -192,8 +256,7 @@ class Events:
         if self.number <= self._on_file:
             return
         line = json.dumps({"seq": self.number, "event": event, "time": round(time.time(), 3), **fields})
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_line(self.path, line)
         self._on_file = self.number
 
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lmnas.errors import UserError, nearest
@@ -34,8 +35,12 @@ class Genotype:
     def __post_init__(self) -> None:
         text = json.dumps({"choices": dict(self.choices), "space": self.space}, sort_keys=True, separators=(",", ":"))
         object.__setattr__(self, "canonical", text)
-        # a private deep copy: a caller's later edit must not reach a frozen value
-        object.__setattr__(self, "choices", json.loads(json.dumps(dict(self.choices))))
+        # a private deep copy that refuses assignment: no edit may reach a frozen value
+        object.__setattr__(self, "choices", MappingProxyType(json.loads(json.dumps(dict(self.choices)))))
+
+    def __reduce__(self) -> tuple[type, tuple[str, dict[str, Any]]]:
+        # a mapping proxy cannot be pickled or copied
+        return type(self), (self.space, dict(self.choices))
 
     @property
     def id(self) -> str:
@@ -59,7 +64,7 @@ class Genotype:
         missing = [key for key in ("format", "space", "choices") if key not in document]
         if missing:
             raise UserError(f"{where}: missing {missing[0]!r}; a genotype file has 'format', 'space' and 'choices'")
-        if document["format"] != FORMAT:
+        if type(document["format"]) is not int or document["format"] != FORMAT:
             raise UserError(f"{where}: format {document['format']!r} is unknown, this version reads format {FORMAT}")
         if not isinstance(document["space"], str) or not isinstance(document["choices"], dict):
             raise UserError(f"{where}: 'space' must be a name and 'choices' an object of decision: value")
@@ -83,17 +88,20 @@ def load_genotype(name_or_path: str | Path) -> Genotype:
 def load_document(name_or_path: str | Path) -> dict[str, Any]:
     """The JSON document of a genotype, with whatever notes stand beside the choices (`source`, say)."""
     path = Path(name_or_path)
-    if not path.exists():
-        shipped = SHIPPED / f"{name_or_path}.json"
-        if path.suffix or path.name != str(name_or_path) or not shipped.exists():
+    try:
+        exists = path.exists()
+    except OSError:  # a name too long for a path
+        exists = False
+    if not exists:
+        if str(name_or_path) not in shipped_names():
             raise UserError(
                 f"genotype {str(name_or_path)!r}: neither a file nor a shipped name. "
                 + nearest(name_or_path, shipped_names())
             )
-        path = shipped
+        path = SHIPPED / f"{name_or_path}.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"genotype {path}: not JSON ({error})") from None
     except OSError as error:
         raise UserError(f"genotype {path}: cannot be read ({error.strerror})") from None

@@ -93,7 +93,7 @@ class Job:
 
     def write_spec(self, spec: dict[str, Any]) -> None:
         """What this job is; the first start writes it."""
-        if not (self.directory / SPEC).exists():
+        if read_spec(self.directory) is None:
             write_json(self.directory / SPEC, spec)
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +116,6 @@ def read_spec(directory: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, json.JSONDecodeError):
+    with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
     return None

@@ -213,6 +213,8 @@ def run_job(
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = read_result(directory)
         if done is not None:
+            if (directory / "checkpoints").is_dir():  # a kill came between the result and this
+                Job(directory).checkpoints.delete()
             return done
         job = Job(directory, report, stop)
         job.write_spec(spec)

@@ -6,8 +6,10 @@ run, keyword-only arguments are the settings a recipe may give, and their types 
 
 import importlib
 import inspect
+import os
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -33,12 +35,38 @@ COMPONENTS: dict[str, dict[str, str]] = {
 }
 
 
+ENVIRONMENT = "LMNAS_COMPONENTS"
+"""Components of other packages, `kind:name=module:Class` separated by commas. Worker processes inherit it."""
+
+
 def register(kind: str, name: str, target: str) -> None:
-    """Add a component: `target` is `module:Class`. The one line a newcomer outside this package writes."""
+    """Add a component: `target` is `module:Class`. The one line a newcomer outside this package writes.
+
+    Raises:
+        ValueError: unknown kind, or not `module:Class`.
+    """
+    if kind not in COMPONENTS:
+        raise ValueError(f"kind {kind!r} is unknown. " + nearest(kind, COMPONENTS))
+    if not all(target.partition(":")):
+        raise ValueError(f"{kind} {name!r}: expected a target like 'module:Class', got {target!r}")
+    if COMPONENTS[kind].get(name) == target:
+        return
     COMPONENTS[kind][name] = target
+    os.environ[ENVIRONMENT] = ",".join(filter(None, [os.environ.get(ENVIRONMENT), f"{kind}:{name}={target}"]))
+
+
+def _read_environment() -> None:
+    for entry in filter(None, os.environ.get(ENVIRONMENT, "").split(",")):
+        names, _, target = entry.partition("=")
+        kind, _, name = names.partition(":")
+        if kind in COMPONENTS and name and all(target.partition(":")):
+            COMPONENTS[kind][name] = target
+        else:
+            raise UserError(f"{ENVIRONMENT}: expected kind:name=module:Class, got {entry!r}")
 
 
 def names(kind: str) -> list[str]:
+    _read_environment()
     return sorted(COMPONENTS[kind])
 
 
@@ -46,12 +74,18 @@ def component(kind: str, name: object) -> Any:
     """The class registered as `name`.
 
     Raises:
-        UserError: unknown name; offers the nearest.
+        UserError: unknown name (offers the nearest), or another package's component that cannot be imported.
     """
-    if name not in COMPONENTS[kind]:
+    _read_environment()
+    if not isinstance(name, str) or name not in COMPONENTS[kind]:
         raise UserError(f"{kind} {name!r} is unknown. " + nearest(name, COMPONENTS[kind]))
-    module, _, attribute = COMPONENTS[kind][str(name)].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    module, _, attribute = COMPONENTS[kind][name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if module.startswith("lmnas."):
+            raise
+        raise UserError(f"{kind} {name!r}: {module}:{attribute} cannot be imported ({error})") from error
 
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=())
@@ -77,30 +111,52 @@ def checked(model: type[BaseModel], settings: Mapping[str, Any], where: str) -> 
         value = model.model_validate(dict(settings))
     except ValidationError as error:
         raise UserError(explain(error, model, where)) from None
-    return {name: getattr(value, name) for name in model.model_fields}
+    taken = {name: getattr(value, name) for name in model.model_fields}
+    _refuse_conversion(settings, taken, where)
+    return taken
+
+
+def _refuse_conversion(given: Any, taken: Any, where: str) -> None:
+    """Refuse `true` for a number and a number for `true`: pydantic takes both, and YAML 1.1 reads `yes` as `true`."""
+    if isinstance(given, Mapping):
+        for name, item in given.items():
+            inner = taken.get(name) if isinstance(taken, Mapping) else getattr(taken, str(name), None)
+            _refuse_conversion(item, inner, f"{where}.{name}" if where else str(name))
+    elif isinstance(given, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
+        raise UserError(f"{where}: expected a number, got {given!r}")
+    elif isinstance(taken, bool) and not isinstance(given, bool):
+        raise UserError(f"{where}: expected true or false, got {given!r}")
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     """The first problem of a validation error as one line."""
     first = error.errors()[0]
     path = ".".join(str(part) for part in (where, *first["loc"]) if part != "")
-    if first["type"] == "extra_forbidden":
-        owner = _fields_at(model, first["loc"][:-1])
-        return f"{path}: unknown setting. " + nearest(first["loc"][-1], owner)
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
+        return f"{path}: unknown setting. " + nearest(first["loc"][-1], _fields_at(model, first["loc"][:-1]))
     if first["type"] == "missing":
         return f"{path}: missing, it has no default"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{path}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+    if first["type"] in ("dict_type", "dataclass_type"):
+        message = "expected a mapping of settings"
+    given = repr(first["input"])
+    shown = given if len(given) <= 80 else f"{given[:77]}..."
+    return f"{path}: {message[0].lower()}{message[1:]}, got {shown}"
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The settings known at a place: of a nested dataclass, or of the items of a mapping."""
     owner: Any = model
     for part in location:
-        field = getattr(owner, "model_fields", {}).get(part)
-        if field is None:
-            continue
-        owner = field.annotation
-    return list(getattr(owner, "model_fields", {}) or getattr(owner, "__dataclass_fields__", {}))
+        owner = _fields(owner).get(part, (get_args(owner) or (None,))[-1])
+    return list(_fields(owner))
+
+
+def _fields(owner: Any) -> dict[str, Any]:
+    """Name -> type of the fields of a model or dataclass; empty for anything else."""
+    if isinstance(owner, type) and is_dataclass(owner):
+        return {field.name: field.type for field in fields(owner)}
+    return {name: field.annotation for name, field in getattr(owner, "model_fields", {}).items()}
 
 
 def settings_of(kind: str, section: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -6,7 +6,9 @@ sessions.jsonl    starts, stops, incidents        genotype.json, model.safetenso
 """
 
 import contextlib
+import errno
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -17,16 +19,21 @@ from typing import Any
 import optuna
 import torch
 import yaml
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from sqlalchemy.exc import SQLAlchemyError
 
 import lmnas
 from lmnas.config import Recipe, differences, load_recipe, resolved
 from lmnas.errors import UserError
-from lmnas.files import write_atomic, write_json
+from lmnas.files import append_line, not_written, write_atomic, write_json
 from lmnas.genotype import Genotype
 from lmnas.protocols import Objective, Space, Trial
 
 NOT_THE_EXPERIMENT = ("execution",)
 """Sections that may differ when a run is continued."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Errors of writing that are the machine's, not the program's."""
 
 
 class Run:
@@ -57,22 +64,40 @@ class Run:
             self._lock.close()
             raise UserError(f"run {path}: another process ({holder or 'unknown'}) is working on it") from None
         try:
-            self._lock.truncate(0)
-            self._lock.write(f"pid {os.getpid()}")
-            self._lock.flush()
+            with contextlib.suppress(OSError):  # a full disk: the pid is for information
+                os.ftruncate(self._lock.fileno(), 0)
+                os.write(self._lock.fileno(), f"pid {os.getpid()}".encode())
             self.recipe = self._settle(recipe)
         except BaseException:
             self.close()
             raise
 
+    @functools.cached_property
+    def storage(self) -> RDBStorage:
+        """`study.db`, opened once, since opening takes a while."""
+        return RDBStorage(f"sqlite:///{self.path / 'study.db'}")
+
     def close(self) -> None:
+        if "storage" in self.__dict__:
+            self.storage.remove_session()
+            self.storage.engine.dispose()
         self._lock.close()
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Raises UserError in place of an error of the disk or the database, which no code of ours can mend."""
         self.close()
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise UserError(not_written(Path(error.filename or self.path), error)) from error
+        if isinstance(error, (StorageInternalError, SQLAlchemyError)):
+            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            raise UserError(
+                f"run {self.path}: study.db cannot be read or written ({cause}). Make room or repair the disk, then "
+                f"run the same command again to continue; if the file is broken, move it away: it is made anew from "
+                f"the finished jobs"
+            ) from error
 
     def _settle(self, recipe: Recipe | None) -> Recipe:
         """The recipe to follow: the given one if the directory is new or holds the same."""
@@ -84,7 +109,8 @@ class Run:
         stored = load_recipe(str(path))
         if recipe is None:
             return stored
-        differing = [d for d in differences(resolved(stored), resolved(recipe)) if d[0].split(".")[0] != "execution"]
+        found = differences(resolved(stored), resolved(recipe))
+        differing = [d for d in found if d[0].split(".")[0] not in NOT_THE_EXPERIMENT]
         if differing:
             place, there, here = differing[0]
             raise UserError(
@@ -99,11 +125,10 @@ class Run:
     def note(self, event: str, **fields: Any) -> None:
         """An incident for `sessions.jsonl`: not part of the deterministic history."""
         line = json.dumps({"time": round(time.time(), 3), "pid": os.getpid(), "event": event, **fields})
-        with open(self.path / "sessions.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_line(self.path / "sessions.jsonl", line)
 
     def results(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, json.JSONDecodeError):
+        with contextlib.suppress(OSError, ValueError):
             return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
         return {}
 
@@ -145,7 +170,7 @@ class Record:
         self.space = space
         self.stage = stage
         self.study = optuna.create_study(
-            storage=f"sqlite:///{run.path / 'study.db'}",
+            storage=run.storage,
             study_name=stage,
             direction=objective.direction,
             load_if_exists=True,

@@ -22,17 +22,25 @@ def describe(name: str, width: int | None, vocabulary: int | None, out: Path) ->
     `n_parameters` counts a tied language model of `width` and `vocabulary`, with an output bias per word unless the
     genotype's source counts without one (`decoder_bias` in its file).
     """
-    width, vocabulary = width or DEFAULT_WIDTH, vocabulary or DEFAULT_VOCABULARY
+    width = DEFAULT_WIDTH if width is None else width
+    vocabulary = DEFAULT_VOCABULARY if vocabulary is None else vocabulary
     for option, value in (("--width", width), ("--vocabulary", vocabulary)):
         if value < 1:
             raise UserError(f"{option}: expected at least 1, got {value}")
     document = load_document(name)
     genotype = Genotype.from_dict(document, name)
     space = covering_space(genotype)
-    bias = bool(document.get("decoder_bias", True))
-    with torch.device("meta"):
-        body = space.build(genotype, width)
-        model = LanguageModel(body, vocabulary, ModelSettings(width=width, decoder_bias=bias))
+    bias = document.get("decoder_bias", True)
+    if not isinstance(bias, bool):
+        raise UserError(f"genotype {name}: decoder_bias: expected true or false, got {bias!r}")
+    try:
+        with torch.device("meta"):
+            body = space.build(genotype, width)
+            model = LanguageModel(body, vocabulary, ModelSettings(width=width, decoder_bias=bias))
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():  # torch counts bytes in 64 bits
+            raise
+        raise UserError(f"--width {width} --vocabulary {vocabulary}: no machine holds a model that large") from None
     diagram = space.diagram(genotype)
     stem = Path(name).stem
     pictures = {"svg": out / f"{stem}.svg", "png": out / f"{stem}.png"}

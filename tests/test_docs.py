@@ -1,0 +1,116 @@
+"""What the documents say works: their Python runs, their commands exist, their links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+import lmnas
+import lmnas.config
+from lmnas.cli import main, parse_overrides, parser
+from lmnas.config import load_recipe
+from lmnas.genotype import load_genotype
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, language):
+    return [body for kind, body in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def commands():
+    """Every `lmnas ...` line of a shell block, with the page it stands on; a backslash continues a line."""
+    for page in PAGES:
+        for block in blocks(page, "sh") + blocks(page, "console") + blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                while words and re.fullmatch(r"\w+=\S*", words[0]):  # VARIABLE=value before the command
+                    words = words[1:]
+                if words and Path(words[0]).name == "lmnas":
+                    yield pytest.param(words[1:], id=f"{page.name}: {' '.join(words[1:])}")
+
+
+COMMANDS = list(commands())
+
+
+def test_there_are_commands_to_check():
+    given = [command.values[0] for command in COMMANDS]
+    assert {words[0] for words in given} >= {"search", "list", "show", "test"}
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_commands_are_right(words, tmp_path, monkeypatch, capsys):
+    """Long ones are parsed and their recipe is loaded and checked; quick ones are run."""
+    monkeypatch.chdir(tmp_path)
+    if words[0] in ("list", "show"):
+        assert main(words) == 0
+        assert capsys.readouterr().out
+        return
+    options, rest = parser().parse_known_args(words)
+    if words[0] == "search":
+        overrides = parse_overrides(rest)
+        if options.genotype and not options.genotype.endswith(".json"):
+            overrides["genotype"] = options.genotype
+            load_genotype(options.genotype)
+        assert load_recipe(options.recipe, overrides).name
+    else:
+        assert not rest
+
+
+def test_make_targets_of_the_documents_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        name
+        for page in PAGES
+        for block in blocks(page, "sh")
+        for name in re.findall(r"^make (\w+)", block, re.MULTILINE)
+    }
+    assert {"search", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    broken = [t for t in targets if not t.startswith(("http://", "https://")) and not (page.parent / t).exists()]
+    assert not broken
+
+
+def test_the_readme_names_recipes_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`((?:ptb|wikitext-2)-[\w-]+)`", text)) <= set(lmnas.config.recipe_names())
+
+
+# --------------------------------------------------------------------------------------------------- docs/python.md
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, cache):
+    """A folder with `my.txt`, where `quickstart` is a recipe of seconds."""
+    # a word that only the test split has: the vocabulary then holds <unk>
+    (tmp_path / "my.txt").write_text(tiny.text(150) + "zebra\n")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "quickstart.yaml").write_text(yaml.safe_dump(tiny.recipe("pydoc")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lmnas.config, "RECIPES", tmp_path / "recipes")
+
+
+def test_the_same_job_from_python(place, capsys):
+    first, second = blocks(ROOT / "docs" / "python.md", "python")
+    assert len(first.splitlines()) < 10
+    found: dict = {}
+    exec(first, found)
+    sentence, score = capsys.readouterr().out.splitlines()
+    assert sentence == found["run"].results["verdict"]["sentence"]
+    assert 1 < float(score) < 100  # 19 words and <unk>: a uniform guess is 20
+    exec(second, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{found['run'].genotype.id} runs/mine/report.html"
+    assert len(lines) == 1 + len(found["run"].results["scores"])
+    # importing the driver puts the module lmnas.search where the function stood
+    again = lmnas.search("quickstart", run="runs/mine", data="my.txt", overrides={"train.seeds": 1}, quiet=True)
+    assert again.results["scores"] == found["run"].results["scores"]
