@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from lmnas.config import Recipe, load_recipe
+from lmnas.experiment import Experiment
 from lmnas.genotype import Genotype, load_genotype
 from lmnas.jobs import load_model, open_device, open_task
+from lmnas.preflight import preflight
 from lmnas.progress import Display
 from lmnas.protocols import Task
 from lmnas.run import Run
-from lmnas.search import Experiment
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def search(
     if data is not None:
         given["task.data"] = str(data)
     checked = load_recipe(recipe, given)
+    preflight(checked)
     path = Path(run) if run is not None else Path("runs") / checked.name
     with Run(path, checked) as opened, Display(quiet) as display:
         results = Experiment(opened, display).run_stages()

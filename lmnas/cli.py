@@ -133,11 +133,12 @@ def _stage(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | None) -> int:
+    from lmnas.experiment import STAGES, Experiment
+    from lmnas.preflight import preflight
     from lmnas.progress import Display
     from lmnas.protocols import Objective
     from lmnas.report.tables import plain_lines
     from lmnas.run import Run
-    from lmnas.search import STAGES, Experiment, preflight
 
     if recipe is not None:
         preflight(recipe)  # before there is a run directory

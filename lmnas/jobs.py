@@ -30,8 +30,10 @@ from lmnas.train import Training, fit, initialise, n_parameters
 Report = Callable[[dict[str, Any]], None]
 
 
-def open_task(recipe: Recipe) -> Task:
-    """One corpus serves all jobs of a process."""
+def open_task(recipe: Recipe, *, fresh: bool = False) -> Task:
+    """One corpus serves all jobs of a process; `fresh` looks at its files again."""
+    if fresh:
+        _open_task.cache_clear()
     return _open_task(json.dumps(recipe.task, sort_keys=True))
 
 

@@ -51,6 +51,10 @@ class Run:
         self.path = path
         if recipe is None and not (path / "recipe.yaml").is_file():
             raise UserError(f"run {path}: no run there (recipe.yaml is missing); start one with `lmnas search`")
+        if recipe is not None and path.is_dir() and not (path / "recipe.yaml").is_file():
+            strangers = [entry.name for entry in path.iterdir() if entry.name not in ("lock", ".recipe.yaml.tmp")]
+            if strangers:
+                raise UserError(f"run {path}: the folder holds other files ({strangers[0]}) and no run; name another")
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = open(path / "lock", "a+")  # noqa: SIM115 - held as long as the run is open

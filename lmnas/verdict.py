@@ -157,13 +157,13 @@ def _sentence(models: Mapping[str, Record], comparisons: Sequence[Record], objec
     searched = models[SEARCHED]
     if not searched["n"]:
         return f"No verdict: {_diverged(searched)}."
-    mean = format_value(searched["mean"])
     clauses: list[str] = []
     for comparison in comparisons:
         who, measure = ("it", "") if clauses else ("the searched cell", f"test {objective.name} ")
-        theirs = format_value(models[comparison["against"]]["mean"])
-        clauses.append(_clause(comparison, who, f"{measure}{mean} against {theirs}"))
+        numbers = " against ".join(_apart(searched["mean"], models[comparison["against"]]["mean"]))
+        clauses.append(_clause(comparison, who, measure + numbers))
     if not clauses:
+        mean = format_value(searched["mean"])
         clauses.append(f"the searched cell reached test {objective.name} {mean}; there is no baseline to compare with")
     sentences = ["; ".join(clauses)]
     sentences += [f"{_name(model)} was not run" for model in COMPARED if model not in models]
@@ -171,6 +171,14 @@ def _sentence(models: Mapping[str, Record], comparisons: Sequence[Record], objec
     if any(comparison["p_value"] is not None for comparison in comparisons):
         sentences.append(f"{TEST}, level {level:g}, {_seeds(models)}")
     return " ".join(text[0].upper() + text[1:] + "." for text in sentences)
+
+
+def _apart(first: float | None, second: float | None) -> tuple[str, str]:
+    """Both values with as many digits as it takes to tell them apart."""
+    digits = 4
+    while first != second and digits < 9 and format_value(first, digits) == format_value(second, digits):
+        digits += 1
+    return format_value(first, digits), format_value(second, digits)
 
 
 def _clause(comparison: Record, who: str, numbers: str) -> str:

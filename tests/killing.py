@@ -20,11 +20,11 @@ import pytest
 import tiny
 
 from lmnas.config import load_recipe
+from lmnas.experiment import STAGES, Experiment
 from lmnas.files import Checkpoints, Events, read_events
 from lmnas.job import Job
 from lmnas.progress import Display
 from lmnas.run import Record, Run
-from lmnas.search import STAGES, Experiment
 
 WITHOUT_REPORT = STAGES[:-1]
 """Pictures take longer than all the rest of a tiny run, and have no state."""

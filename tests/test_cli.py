@@ -16,10 +16,10 @@ from lmnas import jobs, registry
 from lmnas.cli import main
 from lmnas.config import load_recipe, recipe_names
 from lmnas.errors import Interrupted
+from lmnas.experiment import Experiment
 from lmnas.genotype import load_genotype, shipped_names
 from lmnas.progress import Display
 from lmnas.run import Run
-from lmnas.search import Experiment
 
 QUICK = {"reinforce": {"strategy.rewards_per_round": 4, "strategy.rewards_per_update": 2}}
 """Settings without which a strategy takes more than a second on a tiny text."""
@@ -63,7 +63,7 @@ def test_search_answers_with_the_results(finished):
     assert document["data"].keys() >= {"name", "fingerprint", "tokens", "vocabulary"}
     assert document["data"]["name"] == "my.txt"
     assert document["data"]["tokens"] == {"train": 840, "valid": 105, "test": 105}  # 150 lines of 6 words and <eos>
-    assert document["data"]["vocabulary"] == len(tiny.WORDS) + 1
+    assert document["data"]["vocabulary"] == len(tiny.WORDS) + 2  # <eos> and <unk>
     assert document["environment"].keys() >= {"lmnas", "python", "torch", "platform", "device", "threads"}
     wanted = {"model", "genotype_id", "split", "value", "seed", "n_parameters", "n_predictions", "stage"}
     assert all(score.keys() >= wanted for score in document["scores"])

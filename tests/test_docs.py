@@ -111,6 +111,5 @@ def test_the_same_job_from_python(place, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{found['run'].genotype.id} runs/mine/report.html"
     assert len(lines) == 1 + len(found["run"].results["scores"])
-    # importing the driver puts the module lmnas.search where the function stood
     again = lmnas.search("quickstart", run="runs/mine", data="my.txt", overrides={"train.seeds": 1}, quiet=True)
     assert again.results["scores"] == found["run"].results["scores"]

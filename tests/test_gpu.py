@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lmnas.estimators.shared import Shared
 from lmnas.files import read_events
 from lmnas.genotype import load_genotype
@@ -39,7 +40,9 @@ def test_training_follows_the_cpu(on, tiny_task, tmp_path):
         training = settings()
         model = initialise(build_model(tiny_task, load_genotype("darts-v1"), training), 0).to(device)
         fit(model, tiny_task, training, 0, Job(tmp_path / str(number)), device)
-        curves.append([e["valid"] for e in read_events(tmp_path / str(number) / "events.jsonl") if e["event"] == "epoch"])
+        curves.append(
+            [e["valid"] for e in read_events(tmp_path / str(number) / "events.jsonl") if e["event"] == "epoch"]
+        )
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
 
 

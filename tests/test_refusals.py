@@ -11,11 +11,11 @@ import yaml
 import lmnas.files
 from lmnas.cli import main
 from lmnas.config import load_recipe
+from lmnas.experiment import Experiment
 from lmnas.genotype import load_document
 from lmnas.jobs import _open_task
 from lmnas.progress import Display
 from lmnas.run import Run
-from lmnas.search import Experiment
 
 UNTOUCHED = ("lock", "sessions.jsonl")
 """Files of a run that say who opened it: they may change, all others are results."""

@@ -14,7 +14,7 @@ Tokenizers, all reading any newline convention, the last newline being optional:
     level "char": every character is a token, blanks too; a line's end is `<eos>`; a written `<unk>` is five characters.
 
 Vocabulary: counted over train alone; over all splits for ptb and wikitext, whose published vocabularies are that.
-`<unk>` is in it only if the text has it or some word is left out.
+`<unk>` is in it, except in a published text that has none.
 """
 
 import codecs
@@ -359,7 +359,9 @@ def _vocabulary(name: str, counts: Mapping[str, Counter[str]], settings: Mapping
     types = set().union(*counts.values()) - {EOS, UNK}
     least, limit = settings["min_count"], settings["max_vocabulary"]
     kept = [token for token in _by_falling(counted, types) if counted[token] >= least]
-    needs_unknown = len(kept) < len(types) or any(UNK in counter for counter in counts.values())
+    # a vocabulary counted on the training split alone must be ready for new words in text to come
+    open_ended = set(settings["counted"]) != set(SPLITS)
+    needs_unknown = open_ended or len(kept) < len(types) or any(UNK in counter for counter in counts.values())
     if limit is not None and 1 + needs_unknown + len(kept) > limit:
         needs_unknown, kept = True, kept[: limit - 2]
     if len(kept) < 2:  # <eos> and <unk> aside: a text without anything to predict

@@ -169,7 +169,7 @@ def test_words_tokenizer():
 def test_characters(tmp_path):
     corpus = open_corpus(write(tmp_path / "mine.txt", "ab é\n\n" * 60), level="char")
     assert words(corpus, "train")[:6] == ["a", "b", " ", "é", "<eos>", "<eos>"]
-    assert corpus.vocabulary == ["<eos>", " ", "a", "b", "é"]
+    assert corpus.vocabulary == ["<eos>", " ", "a", "b", "é", "<unk>"]
     assert corpus.info()["level"] == "char"
 
 
@@ -210,12 +210,21 @@ def test_vocabulary_cut(tmp_path):
     assert len(open_corpus(path, max_vocabulary=7).vocabulary) == 7
 
 
-def test_unknown_only_where_needed(tmp_path):
+def test_a_published_vocabulary_stays_as_it_is(tmp_path):
+    """PTB and WikiText have <unk> in their text; one that has none refuses a new word rather than grow."""
+    text = "a b c d\n" * 10
+    folder_of(tmp_path / "penn-treebank", text, text, text)
+    corpus = open_corpus("ptb", data_dir=tmp_path)
+    assert corpus.vocabulary == ["<eos>", "a", "b", "c", "d"]
+    with pytest.raises(UserError, match="'zebra' is not in the vocabulary of ptb, which has no <unk> token"):
+        corpus.encode("a zebra")
+
+
+def test_a_text_of_ones_own_is_ready_for_new_words(tmp_path):
     text = "a b c d\n" * 10
     corpus = open_corpus(folder_of(tmp_path / "mine", text, text, text))
-    assert corpus.vocabulary == ["<eos>", "a", "b", "c", "d"]
-    with pytest.raises(UserError, match="'zebra' is not in the vocabulary of mine, which has no <unk> token"):
-        corpus.encode("a zebra")
+    assert corpus.vocabulary == ["<eos>", "a", "b", "c", "d", "<unk>"]
+    assert [corpus.vocabulary[number] for number in corpus.encode("a zebra").tolist()] == ["a", "<unk>", "<eos>"]
     assert len(open_corpus(str(tmp_path / "mine"), max_vocabulary=5).vocabulary) == 5
     assert open_corpus(str(tmp_path / "mine"), max_vocabulary=4).vocabulary == ["<unk>", "<eos>", "a", "b"]
 

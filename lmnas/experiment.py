@@ -11,15 +11,12 @@ import os
 import shutil
 import signal
 import statistics
-import sys
 import time
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import optuna
-import torch
 
 from lmnas import registry
 from lmnas.config import Recipe
@@ -40,93 +37,16 @@ from lmnas.jobs import (
     open_strategy,
     open_task,
 )
+from lmnas.preflight import given_genotype, preflight
 from lmnas.progress import Display, seconds_text
-from lmnas.protocols import Space, Strategy, Task, Trial
+from lmnas.protocols import Space, Strategy, Trial
 from lmnas.report.html import write_report
 from lmnas.run import Record, Run, environment
 from lmnas.seeds import rng
-from lmnas.train import n_parameters
 from lmnas.verdict import summarise
 
 STAGES = ("search", "select", "train", "test", "report")
 FORMAT = 1
-
-
-def preflight(recipe: Recipe) -> None:
-    """Refuse what only the data, the machine or a built model can tell, before any work and before a run directory.
-
-    Raises:
-        UserError
-    """
-    if open_device(recipe.execution.device).type == "meta":
-        raise UserError("execution.device 'meta': tensors there hold no numbers; `auto` takes what there is")
-    task, space = open_task(recipe), open_space(recipe)
-    given = given_genotype(recipe, space)
-    training = recipe.train.training
-    _check_streams(task, "train.training", training.batch_settings(task), ["train"])
-    example = given or space.sample(rng(recipe.seed, "preflight"))
-    _check_size("train.training", lambda: count_parameters(task, example, training))
-    for name, baseline in recipe.baselines.items():
-        if baseline.source != "random":
-            body = covering_space(load_genotype(baseline.source))
-            if body.kind not in task.kinds:
-                raise UserError(
-                    f"baselines.{name}: {baseline.source!r} makes {body.kind} bodies, which the task cannot use"
-                )
-    if given is not None:
-        return
-    open_strategy(recipe, space, task, 0)
-    estimator = registry.component("estimator", recipe.estimator["name"])
-    settings = registry.settings_of("estimator", recipe.estimator, "estimator")
-    if "training" not in settings:
-        return
-    training = settings["training"]
-    _check_streams(task, "estimator.training", training.batch_settings(task), ["train"])
-    if "shared-weights" in estimator.provides:
-        valid = {"batch_size": settings["valid_batch_size"]} if settings.get("valid_batch_size") else {}
-        batches = replace(training, batches={**training.batches, **valid}).batch_settings(task)
-        _check_streams(task, "estimator.training", batches, ["valid"])
-        model = training.model_settings(task)
-        _check_size("estimator.training", lambda: n_parameters(task.model(space.supernet(model.width), model)))
-    else:
-        _check_size("estimator.training", lambda: count_parameters(task, example, training))
-
-
-def given_genotype(recipe: Recipe, space: Space) -> Genotype | None:
-    """The genotype to train instead of searching, checked."""
-    if recipe.genotype is None:
-        return None
-    genotype = load_genotype(recipe.genotype)
-    if genotype.space != space.name:
-        raise UserError(
-            f"genotype {recipe.genotype!r} is of space {genotype.space!r}; this recipe's space is {space.name!r}"
-        )
-    covering_space(genotype)
-    return genotype
-
-
-def _check_streams(task: Task, where: str, batches: Any, splits: list[str]) -> None:
-    for split in splits:
-        try:
-            task.stream(split, batches, 0)
-        except UserError as error:
-            raise UserError(f"{where}.batches: {error}") from None
-
-
-def _check_size(where: str, count: Callable[[], int]) -> None:
-    """Refuse a model whose weights alone exceed this machine's memory; nothing is allocated."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with torch.device("meta"):
-            size = 4 * count()
-    except (RuntimeError, TypeError) as error:
-        if "overflow" not in str(error).lower():  # torch counts bytes in 64 bits
-            raise
-        raise UserError(f"{where}.model: no machine holds a model that large") from None
-    if size > memory:
-        raise UserError(
-            f"{where}.model: its weights take {size / 2**30:,.0f} GiB; this machine has {memory / 2**30:,.0f} GiB"
-        )
 
 
 class Experiment:
@@ -394,7 +314,9 @@ class Experiment:
             values = [r.get("value") for r in results]
             means[genotype.id] = math.nan if None in values else statistics.fmean(v for v in values if v is not None)
         if all(math.isnan(mean) for mean in means.values()):
-            raise UserError(f"select: every candidate of {name!r} diverged; a smaller learning rate or clip may help")
+            causes = {self._result(f"select-{genotype.id}-{self.recipe.seed}").get("failure") for genotype in pool}
+            listed = "; ".join(sorted(str(cause) for cause in causes if cause))
+            raise UserError(f"select: every candidate of {name!r} failed ({listed})")
         return min(pool, key=lambda g: objective.key(means[g.id]))
 
     # --------------------------------------------------------------------------------------------------------- train
@@ -562,15 +484,3 @@ def _candidates(experiment: Experiment) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-class _AlsoFunction(types.ModuleType):
-    """Python puts an imported submodule where `lmnas.search`, the function, stands: so calling the module calls it."""
-
-    def __call__(self, *arguments: Any, **settings: Any) -> Any:
-        from lmnas import api
-
-        return api.search(*arguments, **settings)
-
-
-sys.modules[__name__].__class__ = _AlsoFunction
