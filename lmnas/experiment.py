@@ -24,13 +24,14 @@ from lmnas.errors import Interrupted, UserError
 from lmnas.estimators.shared import prepared_strategy
 from lmnas.executors.inline import Inline, NamedSpec, default_threads
 from lmnas.executors.processes import Processes
-from lmnas.files import write_atomic, write_json
+from lmnas.files import PREPARED, write_atomic, write_json
 from lmnas.genotype import Genotype, load_genotype
 from lmnas.job import read_result, read_spec
 from lmnas.jobs import (
     count_parameters,
     covering_space,
     evaluate_saved,
+    intact,
     matching_width,
     open_device,
     open_space,
@@ -179,7 +180,7 @@ class Experiment:
                 if result["status"] != "ok":
                     self.display.message(f"{prepared}: {result['failure']}; this search has no candidates")
                     continue
-                strategy.load_state_dict(prepared_strategy(self.run.job(prepared)))
+                strategy.load_state_dict(prepared_strategy(intact(self.run.path, prepared, PREPARED).parent))
             self._propose(strategy, record, s, prepared, estimator)
         if not any(t["value"] is not None for t in record.trials()):
             causes = {self._result(f"search-{s}").get("failure") for s in seeds} if shared else set()
@@ -360,7 +361,7 @@ class Experiment:
             )
         best = min(good, key=lambda name: self.task.objective.key(values[name]))
         source = self.run.job(best)
-        write_atomic(self.run.path / "model.safetensors", (source / "model.safetensors").read_bytes())
+        write_atomic(self.run.path / "model.safetensors", intact(self.run.path, best, "model.safetensors").read_bytes())
         shutil.copyfile(source / "job.json", self.run.path / "model.json")
         self.task.save_assets(self.run.path)
 
@@ -421,7 +422,9 @@ def collect(experiment: Experiment) -> dict[str, Any]:
     costs: dict[str, float] = {}
     for path in sorted((run.path / "jobs").glob("*/result.json")) if (run.path / "jobs").is_dir() else []:
         name = path.parent.name
-        result = experiment._result(name)
+        result = read_result(path.parent)
+        if result is None:  # broken: its job is done again
+            continue
         stage = name.split("-")[0]
         costs[f"{stage}_seconds"] = costs.get(f"{stage}_seconds", 0.0) + result.get("seconds", 0.0)
         if stage in ("train", "test"):
@@ -464,7 +467,7 @@ def _candidates(experiment: Experiment) -> list[dict[str, Any]]:
     """All trials: proxy scores of the search, then the short trainings of the selection."""
     if not (experiment.run.path / "study.db").is_file():
         return []
-    stored = optuna.get_all_study_names(f"sqlite:///{experiment.run.path / 'study.db'}")
+    stored = optuna.get_all_study_names(experiment.run.storage)
     rows = []
     for stage in ("search", "select"):
         if stage not in stored:

@@ -97,6 +97,10 @@ def append_line(path: Path, line: str) -> None:
     _attempt(path, write)
 
 
+PREPARED = "prepared.safetensors"
+"""What an estimator's `prepare` leaves in its job's directory."""
+
+
 def write_json(path: Path, document: Any) -> None:
     write_atomic(path, json.dumps(document, indent=2) + "\n")
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from lmnas import registry
 from lmnas.config import Recipe, load_recipe
 from lmnas.errors import Diverged, UserError
+from lmnas.files import PREPARED, digest
 from lmnas.genotype import Genotype
 from lmnas.job import Job, read_result, read_spec
 from lmnas.protocols import Estimator, Space, Strategy, Task
@@ -127,7 +128,7 @@ def _estimate(
     task = open_task(recipe)
     estimator = open_estimator(recipe, open_space(recipe), task, search, device)
     if prepared is not None:
-        estimator.load(run / "jobs" / prepared)
+        estimator.load(intact(run, prepared, PREPARED).parent)
     values = []
     for number, document in enumerate(genotypes):
         genotype = Genotype.from_dict(document)
@@ -152,7 +153,7 @@ def _fit(
 def _test(run: Path, recipe: Recipe, job: Job, device: torch.device, *, fitted: str) -> dict[str, Any]:
     spec = read_spec(run / "jobs" / fitted)
     assert spec is not None, fitted
-    return evaluate_saved(run, recipe, spec, run / "jobs" / fitted / "model.safetensors", device, job)
+    return evaluate_saved(run, recipe, spec, intact(run, fitted, "model.safetensors"), device, job)
 
 
 def load_model(recipe: Recipe, task: Task, spec: dict[str, Any], weights: Path) -> torch.nn.Module:
@@ -233,10 +234,29 @@ def run_job(
             if "can't allocate memory" not in str(failure):
                 raise
             result = {"status": "out-of-memory", "failure": _first_line(failure), "seconds": job.seconds}
-        job.finish(result)
+        job.finish(
+            {**result, "files": {path.name: digest(path.read_bytes()) for path in directory.glob("*.safetensors")}}
+        )
         with contextlib.suppress(OSError):
             job.checkpoints.delete()
         return result
+
+
+def intact(run: Path, job: str, name: str) -> Path:
+    """The file `name` that a finished job left, checked against the digest in its result.
+
+    Raises:
+        UserError: it is gone or was changed since.
+    """
+    path = run / "jobs" / job / name
+    expected = (read_result(path.parent) or {}).get("files", {}).get(name)
+    try:
+        found = digest(path.read_bytes())
+    except OSError:
+        found = None
+    if found is None or found != expected:
+        raise UserError(f"{path} is {'gone' if found is None else 'broken'}; delete {path.parent} to make it anew")
+    return path
 
 
 def _first_line(error: BaseException) -> str:

@@ -460,3 +460,13 @@ def test_a_disk_full_from_the_start_is_one_line(limit, place, untouched, tmp_pat
     assert finished(forked(limited)) == 2
     message = capfd.readouterr().err.splitlines()[-1]
     assert message.startswith("lmnas: ") and place in message and "run the same command again" in message
+
+
+def test_a_finished_jobs_weights_are_checked_when_they_are_read(data, tmp_path):
+    """A bit flipped after training must not become a test score: the file is named, and how to mend it."""
+    document = killing.recipe(data)
+    go(tmp_path / "run", document, stages=("search", "select", "train"))
+    weights = tmp_path / "run" / "jobs" / "train-lstm-0" / "model.safetensors"
+    flip(weights)
+    with pytest.raises(UserError, match=r"train-lstm-0/model.safetensors is broken; delete .*train-lstm-0 to make it"):
+        go(tmp_path / "run", document)

@@ -12,13 +12,11 @@ import torch
 from pydantic import Field
 from torch.func import functional_call
 
-from lmnas.files import pack, to_device, unpack, write_atomic
+from lmnas.files import PREPARED, pack, to_device, unpack, write_atomic
 from lmnas.genotype import Genotype
 from lmnas.job import Job
 from lmnas.protocols import Batch, LearnStep, Mixture, Score, SharingStrategy, Space, State, Task, Trial
 from lmnas.train import Mean, NotFinite, Recovery, Training, WeightTraining, initialise
-
-PREPARED = "prepared.safetensors"
 
 
 class Shared:
