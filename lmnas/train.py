@@ -141,6 +141,11 @@ class WeightTraining:
         self.steps += 1
         return value
 
+    def skip(self) -> None:
+        """Leave the drawn batch out; the next one starts from the initial state."""
+        self.stream.carry = None
+        self.steps += 1
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),

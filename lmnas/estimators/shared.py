@@ -18,6 +18,9 @@ from lmnas.job import Job
 from lmnas.protocols import Batch, LearnStep, Mixture, Score, SharingStrategy, Space, State, Task, Trial
 from lmnas.train import Mean, NotFinite, Recovery, Training, WeightTraining, initialise
 
+MAX_SKIPPED = 10
+"""Batches in a row without an update before training goes back to its last good state."""
+
 
 class Shared:
     """Trains the supernet in `prepare`, scores paths of it in `estimate`."""
@@ -65,7 +68,7 @@ class Shared:
         by_gradient = "mixture" in strategy.needs
         loss_mean = Mean()
         recovery = Recovery(job)
-        rewards_due, ticks = 0, 0
+        rewards_due, ticks, skipped = 0, 0, 0
 
         def state() -> dict[str, Any]:
             return {
@@ -76,17 +79,18 @@ class Shared:
                 "loss": [loss_mean.total, loss_mean.count],
                 "rewards_due": rewards_due,
                 "ticks": ticks,
+                "skipped": skipped,
                 "recoveries": recovery.count,
             }
 
         def restore(saved: dict[str, Any]) -> None:
-            nonlocal rewards_due, ticks
+            nonlocal rewards_due, ticks, skipped
             weights.load_state_dict(saved["training"])
             valid_stream.load_state_dict(to_device(saved["valid"], self.device))
             reward_stream.load_state_dict(saved["reward"])
             strategy.load_state_dict(saved["strategy"])
             loss_mean.total, loss_mean.count = saved["loss"]
-            rewards_due, ticks = saved["rewards_due"], saved["ticks"]
+            rewards_due, ticks, skipped = saved["rewards_due"], saved["ticks"], saved["skipped"]
 
         saved = job.load()
         if saved is None:
@@ -107,12 +111,19 @@ class Shared:
                     if by_gradient:
                         self._learn(strategy, weights, batch, valid_stream)
                     loss_mean.add(weights.update(batch, to_device(strategy.choice(weights.steps), self.device)))
+                    skipped = 0
                 except NotFinite as problem:
-                    salt = weights.salt
-                    restore(recovery.state(weights.steps, str(problem)))
-                    weights.salt = salt + 1
-                    job.save(state())
-                    continue
+                    # one sampled path that explodes is no reason to go back: its batch made no update and is left out
+                    skipped += 1
+                    if skipped <= MAX_SKIPPED:
+                        job.events.emit("skipped", step=weights.steps, cause=str(problem))
+                        weights.skip()
+                    else:
+                        salt = weights.salt
+                        restore(recovery.state(weights.steps, str(problem)))
+                        weights.salt = salt + 1
+                        job.save(state())
+                        continue
                 ended = weights.stream.epoch > epoch
                 if ended and strategy.rewards_per_round:
                     rewards_due = max(1, strategy.rewards_per_round // strategy.rewards_per_update)
