@@ -153,7 +153,8 @@ def _fit(
 def _test(run: Path, recipe: Recipe, job: Job, device: torch.device, *, fitted: str) -> dict[str, Any]:
     spec = read_spec(run / "jobs" / fitted)
     assert spec is not None, fitted
-    return evaluate_saved(run, recipe, spec, intact(run, fitted, "model.safetensors"), device, job)
+    score = evaluate_saved(run, recipe, spec, intact(run, fitted, "model.safetensors"), device, job)
+    return {**score, "seconds": job.seconds}
 
 
 def load_model(recipe: Recipe, task: Task, spec: dict[str, Any], weights: Path) -> torch.nn.Module:
