@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch.func import functional_call
 
+from lmnas.errors import Diverged
 from lmnas.files import PREPARED, pack, to_device, unpack, write_atomic
 from lmnas.genotype import Genotype
 from lmnas.job import Job
@@ -113,9 +114,10 @@ class Shared:
                     loss_mean.add(weights.update(batch, to_device(strategy.choice(weights.steps), self.device)))
                     skipped = 0
                 except NotFinite as problem:
-                    # one sampled path that explodes is no reason to go back: its batch made no update and is left out
+                    # one sampled path that explodes is no reason to go back: its batch made no update and is left out;
+                    # a mixture is all paths at once
                     skipped += 1
-                    if skipped <= MAX_SKIPPED:
+                    if not by_gradient and skipped <= MAX_SKIPPED:
                         job.events.emit("skipped", step=weights.steps, cause=str(problem))
                         weights.skip()
                     else:
@@ -125,6 +127,8 @@ class Shared:
                         job.save(state())
                         continue
                 ended = weights.stream.epoch > epoch
+                if ended and not loss_mean.count:
+                    raise Diverged(weights.steps, "no batch of an epoch made an update")
                 if ended and strategy.rewards_per_round:
                     rewards_due = max(1, strategy.rewards_per_round // strategy.rewards_per_update)
                     ended = False
