@@ -125,13 +125,18 @@ def load() -> None:
 # ------------------------------------------------------------------------------------------------ running
 
 
-def takes(inputs: Tensor, *others: Tensor | None) -> bool:
-    """Whether tensors like these run here; `others` are the state, the weights and the masks."""
+def takes(
+    inputs: Tensor, state: Tensor, weights: Sequence[Tensor], mask_x: Tensor | None, mask_h: Tensor | None
+) -> bool:
+    """Whether these arguments run here; the reference takes all the others."""
+    masks = [mask for mask in (mask_x, mask_h) if mask is not None]
     return (
         inputs.device.type == "cpu"
         and inputs.dtype in (torch.float32, torch.float64)
+        and inputs.numel() > 0
+        and all(t.dtype == inputs.dtype and t.device == inputs.device for t in (state, *weights, *masks))
+        and all(mask.shape == state.shape and not mask.requires_grad for mask in masks)
         and not torch.is_autocast_enabled("cpu")
-        and all(t is None or (t.dtype == inputs.dtype and t.device == inputs.device) for t in others)
     )
 
 

@@ -406,6 +406,36 @@ struct Arguments {
   int64_t batch_norm;
 };
 
+// Sizes are relied on below: what does not fit must not be read
+void check(const Arguments& args) {
+  const int64_t batch = args.inputs.size(1), width = args.inputs.size(2), n_weights = int64_t(args.w_nodes.size());
+  const auto expect = [](const Tensor& tensor, std::vector<int64_t> shape, const char* name) {
+    TORCH_CHECK(tensor.sizes() == IntArrayRef(shape), "recurrent cell: ", name, " is ", tensor.sizes(), ", expected ",
+                IntArrayRef(shape));
+  };
+  expect(args.state, {batch, width}, "state");
+  expect(args.w_input, {2 * width, 2 * width}, "w_input");
+  for (const Tensor& weight : args.w_nodes) expect(weight, {width, 2 * width}, "a weight of w_nodes");
+  if (args.mask_x.defined()) expect(args.mask_x, {batch, width}, "mask_x");
+  if (args.mask_h.defined()) expect(args.mask_h, {batch, width}, "mask_h");
+  const int64_t n_nodes = args.output_weights.numel() - 1;
+  if (args.ops.empty()) {
+    const int64_t n_edges = n_nodes * (n_nodes + 1) / 2;
+    TORCH_CHECK(n_weights == n_nodes || n_weights == n_edges, "recurrent cell: ", n_weights, " weights in w_nodes, expected ",
+                n_nodes, " or ", n_edges);
+    expect(args.p_input, {K}, "p_input");
+    expect(args.p_edges, {n_edges, K}, "p_edges");
+    return;
+  }
+  TORCH_CHECK(int64_t(args.ops.size()) == n_nodes + 1 && int64_t(args.sources.size()) == n_nodes && n_weights == n_nodes,
+              "recurrent cell: ", n_nodes, " nodes, but ", args.ops.size(), " operations, ", args.sources.size(),
+              " inputs and ", n_weights, " weights");
+  for (int64_t op : args.ops) TORCH_CHECK(op >= 0 && op < K, "recurrent cell: operation ", op);
+  for (int64_t node = 1; node <= n_nodes; ++node)
+    TORCH_CHECK(args.sources[node - 1] >= 0 && args.sources[node - 1] < node, "recurrent cell: node ", node, " reads ",
+                args.sources[node - 1]);
+}
+
 Tensor defined(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->contiguous() : Tensor(); }
 
 template <typename S>
@@ -796,6 +826,7 @@ Arguments arguments(
                  p_edges.contiguous(), output_weights.contiguous(), ops.vec(), sources.vec(), defined(mask_x),
                  defined(mask_h), batch_norm};
   for (const Tensor& weight : w_nodes) args.w_nodes.push_back(weight.contiguous());
+  check(args);
   return args;
 }
 
