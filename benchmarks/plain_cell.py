@@ -1,7 +1,7 @@
 """Our recurrent cell against the formulation of the papers' published codes, in one run.
 
 Plain: every time step by itself, x and h concatenated, every operation of a mixture evaluated, multiplied by its weight
-and added by itself, batch norm as a layer, log-softmax over all words and its negative log-likelihood, PyTorch's default
+and added by itself, batch norm as a layer, log-softmax over all words and its negative log-likelihood, default matrix
 products. A node's predecessors go through one product, as in the DARTS search code; `--per-edge` takes one product for
 each, as ENAS' codes do. Both sides share weights, data and masks, and both take the same optimiser step.
 

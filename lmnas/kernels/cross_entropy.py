@@ -38,6 +38,8 @@ def linear_cross_entropy(
     Returns:
         Scalar; NaN where every target is ignored, as PyTorch has it. Differentiable once.
     """
+    if not torch.is_grad_enabled():  # autograd would tell `forward` that gradients are needed all the same
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     with fast_products(hidden, 2.0 * min(len(hidden), CHUNK_ELEMENTS // len(weight)) * weight.numel()):
         return _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore)
 

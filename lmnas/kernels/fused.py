@@ -150,8 +150,8 @@ class _Segment(torch.autograd.Function):
         inputs, state, w_input, p_input, p_edges, output_weights, *w_nodes = tensors
         needs = context.needs_input_grad[3:]
         ops, sources, batch_norm = settings
-        arguments = (inputs, state, w_input, w_nodes, p_input, p_edges, output_weights, ops, sources)
-        arguments = (*arguments, mask_x, mask_h, _BATCH_NORM[batch_norm])
+        weights = (w_input, w_nodes, p_input, p_edges, output_weights)
+        arguments = (inputs, state, *weights, ops, sources, mask_x, mask_h, _BATCH_NORM[batch_norm])
         with fast_products(inputs, _product_flops(inputs)):
             result = torch.ops.lmnas.segment_forward(*arguments, any(needs))
         hs = result[0]
@@ -175,6 +175,13 @@ class _Segment(torch.autograd.Function):
         return (None, None, None, *gradients)
 
 
+def _run(settings: tuple, mask_x: Tensor | None, mask_h: Tensor | None, *tensors: Tensor) -> Tensor:
+    load()
+    if not torch.is_grad_enabled():  # autograd would tell `forward` that gradients are needed all the same
+        tensors = tuple(tensor.detach() for tensor in tensors)
+    return _Segment.apply(settings, mask_x, mask_h, *tensors)
+
+
 def recurrent_path(
     inputs: Tensor,
     state: Tensor,
@@ -186,13 +193,12 @@ def recurrent_path(
     batch_norm: BatchNorm = "none",
 ) -> Tensor:
     """`reference.recurrent_path`, differentiable once."""
-    load()
     shares = inputs.new_zeros(len(program.ops))
     for node in program.outputs:
         shares[node] += 1.0 / len(program.outputs)
     unused = inputs.new_empty(0)
     settings = (list(program.ops), list(program.inputs), batch_norm)
-    return _Segment.apply(settings, mask_x, mask_h, inputs, state, w_input, unused, unused, shares, *w_nodes)
+    return _run(settings, mask_x, mask_h, inputs, state, w_input, unused, unused, shares, *w_nodes)
 
 
 def recurrent_mixture(
@@ -208,6 +214,5 @@ def recurrent_mixture(
     batch_norm: BatchNorm = "none",
 ) -> Tensor:
     """`reference.recurrent_mixture`, differentiable once."""
-    load()
     tensors = (inputs, state, w_input, p_input, p_edges, output_weights, *w_nodes)
-    return _Segment.apply(([], [], batch_norm), mask_x, mask_h, *tensors)
+    return _run(([], [], batch_norm), mask_x, mask_h, *tensors)

@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ LEAST_FLOPS = 2_000_000
 """Below this, oneDNN's look-ups cost more than its kernels save."""
 
 
-def _settings():  # the attribute is missing in old versions and the whole backend in some builds
-    return torch.backends.mkldnn.matmul
+def _settings() -> Any:  # the attribute is missing in old versions and the whole backend in some builds
+    backend: Any = torch.backends.mkldnn
+    return backend.matmul
 
 
 @contextlib.contextmanager

@@ -169,6 +169,20 @@ def test_published_cells(name):
     assert_equal(problem, "none")
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("batch", [1, 12, 64])
+def test_sizes_at_which_other_products_run(batch, threads):
+    """One row, few and many, odd widths, columns shared out to threads."""
+    torch.set_num_threads(threads)
+    try:
+        for dtype in (torch.float32, torch.float64):
+            for program in (Program((0, 1, 2, 0), (0, 0, 1), (1, 2, 3)), None):
+                problem = Problem(2, batch, 157, 3, seed=4, masks=(True, True), program=program, dtype=dtype)
+                assert_equal(problem, "none" if batch == 1 else "nodes")
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_gradients_by_finite_differences():
     for batch_norm in BATCH_NORMS:
         problem = Problem(2, 3, 2, 2, seed=5, masks=(True, True))
@@ -234,7 +248,7 @@ def test_nan_and_infinity_arrive():
 
 @pytest.mark.parametrize("op", range(4))
 def test_extreme_activations(op):
-    """Tiny and saturated pre-activations; where gates are shut for good, gradients underflow and need only be finite."""
+    """Tiny and saturated pre-activations; where gates are shut for good, gradients underflow, finite."""
     for scale in (1e-6, 1e-3, 30.0, 1e4):
         problem = Problem(1, 3, 40, 1, seed=op, program=Program((op, op), (0,), (0, 1)), dtype=torch.float32)
         with torch.no_grad():
