@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmnas.kernels.gemm import fast_products
+
 CHUNK_ELEMENTS = 2_000_000
 """Logits held at once: about the size of a processor's cache."""
 
@@ -36,7 +38,10 @@ def linear_cross_entropy(
     Returns:
         Scalar; NaN where every target is ignored, as PyTorch has it. Differentiable once.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore)
+    if not torch.is_grad_enabled():  # autograd would tell `forward` that gradients are needed all the same
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    with fast_products(hidden, 2.0 * min(len(hidden), CHUNK_ELEMENTS // len(weight)) * weight.numel()):
+        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
