@@ -9,7 +9,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
@@ -89,6 +89,8 @@ class Execution:
     """`auto`: a GPU if there is one; else `cpu`, `cuda`, `cuda:1`."""
     workers: Positive = 1
     """Jobs run side by side, each in a process of its own. Results do not depend on it."""
+    kernel: Literal["reference", "fused"] = "reference"
+    """What runs the recurrent cell on a CPU: plain PyTorch, or compiled C++ (needs a compiler; 30 s, once)."""
     threads: Positive | None = None
     """CPU threads of each job; default: the machine's cores shared among the workers, at most four."""
 

@@ -25,6 +25,7 @@ from lmnas.errors import Diverged, UserError
 from lmnas.files import PREPARED, digest
 from lmnas.genotype import Genotype
 from lmnas.job import Job, read_result, read_spec
+from lmnas.kernels import set_kernel
 from lmnas.protocols import Estimator, Space, Strategy, Task
 from lmnas.train import Training, fit, initialise, n_parameters
 
@@ -223,6 +224,8 @@ def run_job(
         job = Job(directory, report, stop)
         job.write_spec(spec)
         recipe = load_recipe(str(run / "recipe.yaml"))
+        # as the run began: the kernels' sums differ in order, and a continued run must not change its bits
+        set_kernel(recipe.execution.kernel)
         arguments = {key: value for key, value in spec.items() if key != "kind"}
         try:
             result = {"status": "ok", **KINDS[spec["kind"]](run, recipe, job, open_device(device), **arguments)}

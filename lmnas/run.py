@@ -28,6 +28,7 @@ from lmnas.config import Recipe, differences, load_recipe, resolved
 from lmnas.errors import UserError
 from lmnas.files import append_line, not_written, write_atomic, write_json
 from lmnas.genotype import Genotype
+from lmnas.kernels import kernel_in_use
 from lmnas.protocols import Objective, Space, Trial
 
 NOT_THE_EXPERIMENT = ("execution",)
@@ -151,7 +152,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": threads,
-        "kernel": "reference",
+        "kernel": kernel_in_use() if device.type == "cpu" else "reference",
     }
 
 

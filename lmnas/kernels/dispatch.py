@@ -1,7 +1,8 @@
 """Which kernel runs the recurrent cell: the plain reference or the fused one, decided once per process.
 
-`auto`, the default, takes the fused one where it is compiled already, or where `prepare` was told of enough work ahead
-for compiling to pay; else the reference.
+`auto` takes the fused one where it is compiled already, or where `prepare` was told of enough work ahead for compiling
+to pay; else the reference. The default is the reference: both are exact, but their sums differ in order, so one run must
+not change from one to the other when it is continued.
 """
 
 import logging
@@ -11,13 +12,13 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from lmnas.errors import UserError, nearest
-from lmnas.kernels import fused, reference
+from lmnas.kernels import fused, gemm, reference
 from lmnas.kernels.reference import BatchNorm, Program
 
 Kernel = Literal["auto", "reference", "fused"]
 
-_setting: Kernel = "auto"
-_decided: bool | None = None
+_setting: Kernel = "reference"
+_decided: bool | None = False
 """Whether the fused kernel runs; None: not decided yet."""
 
 
@@ -36,6 +37,7 @@ def set_kernel(kernel: Kernel) -> None:
         except fused.Unavailable as problem:
             raise UserError(f"kernel 'fused': {problem}; 'auto' falls back to the reference") from problem
     _setting, _decided = kernel, None if kernel == "auto" else kernel == "fused"
+    gemm.allowed = kernel != "reference"
 
 
 def prepare(seconds_of_work_ahead: float) -> None:

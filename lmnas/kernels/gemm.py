@@ -34,6 +34,10 @@ def _settings() -> Any:  # the attribute is missing in old versions and the whol
     return backend.matmul
 
 
+allowed = False
+"""Whether `fast_products` may take another route at all; `lmnas.kernels.set_kernel` decides."""
+
+
 @contextlib.contextmanager
 def _precision(value: str) -> Iterator[None]:
     settings = _settings()
@@ -90,7 +94,8 @@ def fast_products(like: Tensor, flops: float) -> Iterator[None]:
         like: an operand; other devices and types are left alone.
         flops: of a typical product inside.
     """
-    if like.device.type == "cpu" and like.dtype == torch.float32 and flops >= LEAST_FLOPS and route() == "onednn":
+    fits = like.device.type == "cpu" and like.dtype == torch.float32 and flops >= LEAST_FLOPS
+    if allowed and fits and route() == "onednn":
         with _precision("bf16"):
             yield
     else:

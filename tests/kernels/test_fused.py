@@ -36,6 +36,7 @@ def restored(monkeypatch):
     """The choice of kernel as it was, after the test."""
     monkeypatch.setattr(dispatch, "_setting", dispatch._setting)
     monkeypatch.setattr(dispatch, "_decided", dispatch._decided)
+    monkeypatch.setattr(gemm, "allowed", gemm.allowed)
 
 
 class Problem:
