@@ -1,8 +1,8 @@
 """Which kernel runs the recurrent cell: the plain reference or the fused one, decided once per process.
 
 `auto` takes the fused one where it is compiled already, or where `prepare` was told of enough work ahead for compiling
-to pay; else the reference. The default is the reference: both are exact, but their sums differ in order, so one run must
-not change from one to the other when it is continued.
+to pay; else the reference. The default is the reference: both are exact, but their sums differ in order, so a run that
+is continued must not change from one to the other.
 """
 
 import logging

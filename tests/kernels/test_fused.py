@@ -8,16 +8,19 @@ import torch
 
 from lmnas.errors import UserError
 from lmnas.estimators.shared import Shared
+from lmnas.files import read_events
 from lmnas.genotype import load_genotype
+from lmnas.job import Job
 from lmnas.jobs import covering_space
 from lmnas.kernels import Program, dispatch, edges, fused, gemm, kernel_in_use, reference, set_kernel
 from lmnas.kernels.dispatch import prepare
 from lmnas.ops.dropout import draw_mask
 from lmnas.protocols import LearnStep
+from lmnas.registry import component
 from lmnas.seeds import generator, rng
 from lmnas.spaces.recurrent_cell import RecurrentCell
 from lmnas.strategies.gradient import Gradient, architecture_gradient
-from lmnas.train import Training, WeightTraining
+from lmnas.train import Optimizer, Training, WeightTraining
 
 BATCH_NORMS = ("none", "nodes", "output")
 MASKS = ((False, False), (True, False), (False, True), (True, True))
@@ -356,3 +359,27 @@ def test_fast_products_are_exact_and_leave_no_trace():
 def test_a_route_that_rounds_is_not_taken(monkeypatch):
     monkeypatch.setattr(gemm, "_error", lambda a, b: 3e-3)
     assert gemm.route.__wrapped__() == "default"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gradient", "random"])
+def test_a_small_search_is_the_same_with_either_kernel(name, tiny_task, tmp_path, restored, float64):
+    """Same genotypes, the same loss curve to 1e-3; in float64, since batch norm over six rows is chaotic."""
+    found = []
+    for kernel in ("reference", "fused"):
+        set_kernel(kernel)
+        space = RecurrentCell(n_nodes=3)
+        training = Training(
+            epochs=2,
+            model={"width": 8, "dropout_hidden": 0.2},
+            batches={"batch_size": 6, "bptt": 8},
+            optimizer=Optimizer(learning_rate=1.0),
+        )
+        shared = Shared(space, tiny_task, 0, torch.device("cpu"), training=training)
+        settings = {"learning_rate": 0.05} if name == "gradient" else {}
+        strategy = component("strategy", name)(space, tiny_task.objective, 0, **settings)
+        shared.prepare(strategy, Job(tmp_path / kernel))
+        losses = [e["train_loss"] for e in read_events(tmp_path / kernel / "events.jsonl") if e["event"] == "epoch"]
+        found.append((losses, strategy.ask(1)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
+    assert found[1][1] == found[0][1]
