@@ -153,7 +153,8 @@ def architecture_gradient(
         }
 
     if order == 1:
-        return named(torch.autograd.grad(step.valid_loss(step.weights, mixture()), leaves, allow_unused=True))
+        weights = {name: weight.detach() for name, weight in step.weights.items()}  # spares kernels their gradients
+        return named(torch.autograd.grad(step.valid_loss(weights, mixture()), leaves, allow_unused=True))
 
     weights = {name: weight.detach().requires_grad_() for name, weight in step.weights.items()}
     keys, values = list(weights), list(weights.values())
