@@ -3,7 +3,7 @@
 // Every node that others read is a *source*: the weights of its readers stand side by side, so that one matrix product
 // per source and time step serves them all, forward and backward, and one product over all time steps gives their
 // gradients. Everything between two products is one pass over columns, so that batch statistics need no exchange
-// between threads and sums do not depend on how many there are (gradients of mixture weights excepted).
+// between threads and no sum depends on how many there are.
 //
 // Kept for backward: the products [c, a], the states, and the deviations of batch norm. Activations are computed again.
 // Backward writes the gradients of the products over the products, so a tape serves once.
@@ -12,7 +12,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
@@ -334,7 +333,8 @@ void thin_tile(const S* a, int64_t a_stride, const S* w, int64_t stride, S* out,
 }
 
 template <int64_t depth, typename S>
-void thin_columns(const S* a, int64_t a_stride, const S* w, int64_t stride, S* out, int64_t rows, int64_t begin, int64_t end) {
+void thin_columns(
+    const S* a, int64_t a_stride, const S* w, int64_t stride, S* out, int64_t rows, int64_t begin, int64_t end) {
   constexpr int64_t LANES = VECTOR_BYTES / sizeof(S);
   int64_t c = begin;
   for (; c + 2 * LANES <= end; c += 2 * LANES) thin_tile<depth, 2>(a, a_stride, w + c, stride, out + c, rows);
@@ -477,8 +477,8 @@ void check(const Arguments& args) {
   const int64_t n_nodes = args.output_weights.numel() - 1;
   if (args.ops.empty()) {
     const int64_t n_edges = n_nodes * (n_nodes + 1) / 2;
-    TORCH_CHECK(n_weights == n_nodes || n_weights == n_edges, "recurrent cell: ", n_weights, " weights in w_nodes, expected ",
-                n_nodes, " or ", n_edges);
+    TORCH_CHECK(n_weights == n_nodes || n_weights == n_edges, "recurrent cell: ", n_weights,
+                " weights in w_nodes, expected ", n_nodes, " or ", n_edges);
     expect(args.p_input, {K}, "p_input");
     expect(args.p_edges, {n_edges, K}, "p_edges");
     return;
@@ -548,8 +548,10 @@ class Segment {
   }
 
   // Gradients of inputs, state, w_input, p_input, p_edges, output_weights, then of w_nodes; undefined where not wanted
-  std::vector<Tensor> backward(const Tensor& gradient, const Tensor& hs, const Tensor& kept, const std::array<bool, 7>& wants) {
-    const auto [wants_inputs, wants_state, wants_w_input, wants_p_input, wants_p_edges, wants_outputs, wants_w_nodes] = wants;
+  std::vector<Tensor> backward(
+      const Tensor& gradient, const Tensor& hs, const Tensor& kept, const std::array<bool, 7>& wants) {
+    const auto [wants_inputs, wants_state, wants_w_input, wants_p_input, wants_p_edges, wants_outputs,
+                wants_w_nodes] = wants;
     tape = kept;
     lay_tape(true, /*borrow=*/false);
     pack_weights();
@@ -607,7 +609,9 @@ class Segment {
 
   bool reads(int64_t source) const { return !graph.readers[source].empty(); }
   Tensor moment(const Tensor& over_time, int64_t t) const { return over_time.select(0, kept_all ? t : 0); }
-  S* state(int64_t node, int64_t t) const { return states.data_ptr<S>() + (node * kept_steps + (kept_all ? t : 0)) * plane; }
+  S* state(int64_t node, int64_t t) const {
+    return states.data_ptr<S>() + (node * kept_steps + (kept_all ? t : 0)) * plane;
+  }
   S* deviation(int64_t node, int64_t t) const {
     return deviations.data_ptr<S>() + ((kept_all ? t : 0) * nodes + node) * width;
   }
@@ -619,7 +623,8 @@ class Segment {
     kept_steps = keep ? steps : 1;
     int64_t n_readers = 0;
     for (const auto& readers : graph.readers) n_readers += int64_t(readers.size());
-    const int64_t count = steps * batch * 2 * width + kept_steps * (batch * 2 * width * n_readers + nodes * plane + nodes * width);
+    const int64_t per_step = 2 * plane * n_readers + nodes * plane + nodes * width;
+    const int64_t count = steps * 2 * plane + kept_steps * per_step;
     if (borrow) tape = keep ? arena().borrow(count, options) : at::empty({count}, options);
     int64_t offset = 0;
     const auto take = [&](std::vector<int64_t> shape) {
@@ -631,7 +636,8 @@ class Segment {
     };
     input_product = take({steps, batch, 2 * width});
     products.clear();
-    for (const auto& readers : graph.readers) products.push_back(take({kept_steps, batch, int64_t(readers.size()) * 2 * width}));
+    for (const auto& readers : graph.readers)
+      products.push_back(take({kept_steps, batch, int64_t(readers.size()) * 2 * width}));
     states = take({nodes, kept_steps, batch, width});
     deviations = take({kept_steps, nodes, width});
   }
@@ -710,7 +716,9 @@ class Segment {
           const S* s = rows[e].source + b * width;
           S* to = out + b * width;
           if (!mixture)
-            with_operation(edges[e].op, [&](auto op) { gate_row<true>(Operation<S, op>(), c, c + width, s, to, begin, end); });
+            with_operation(edges[e].op, [&](auto op) {
+              gate_row<true>(Operation<S, op>(), c, c + width, s, to, begin, end);
+            });
           else if (e == 0)
             gate_row<true>(weights_of(edges[e]), c, c + width, s, to, begin, end);
           else
@@ -801,7 +809,8 @@ class Segment {
               gate_row_backward(Operation<S, op>(), dy, c, c + width, s, ds, begin, end);
             });
           else if (wants_p)
-            mixture_row_backward<true>(weights_of(edges[e]), dy, c, c + width, s, ds, dp.data() + e * K * width, width, begin, end);
+            mixture_row_backward<true>(weights_of(edges[e]), dy, c, c + width, s, ds, dp.data() + e * K * width, width,
+                                       begin, end);
           else
             mixture_row_backward<false, S>(weights_of(edges[e]), dy, c, c + width, s, ds, nullptr, width, begin, end);
         }
