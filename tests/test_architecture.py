@@ -21,7 +21,7 @@ ALLOWED = {
     "job": {"errors", "files"},
     "protocols": {"decisions", "genotype", "job"},
     "registry": {"errors"},
-    "kernels": set(),
+    "kernels": {"errors"},
     "ops": {"kernels"},
     "spaces": VALUES | {"kernels", "ops"},
     "tasks": VALUES | {"kernels", "ops", "files"},
@@ -32,7 +32,7 @@ ALLOWED = {
     "report": VALUES | {"files", "verdict"},
     "progress": set(),
     "config": {"errors", "registry", "train"},
-    "jobs": VALUES | {"config", "files", "job", "registry", "train"},
+    "jobs": VALUES | {"config", "files", "job", "kernels", "registry", "train"},
     "executors": {"errors", "jobs"},
 }
 """Part -> the other parts that it may import. Parts that are not here (the driver, the command line) stand on top."""
