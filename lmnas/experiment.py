@@ -428,7 +428,10 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         stage = name.split("-")[0]
         costs[f"{stage}_seconds"] = costs.get(f"{stage}_seconds", 0.0) + result.get("seconds", 0.0)
         if stage in ("train", "test"):
-            results["scores"].append(_score(experiment, name, result))
+            score = _score(experiment, name, result)
+            results["scores"].append(score)
+            if stage == "train" and result["status"] != "ok":  # it has no model to test, and the verdict must say so
+                results["scores"].append({**score, "split": "test"})
     results["costs"] = {key: round(value, 3) for key, value in costs.items()}
     genotype_path = run.path / "genotype.json"
     if genotype_path.is_file():

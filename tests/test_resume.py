@@ -470,3 +470,12 @@ def test_a_finished_jobs_weights_are_checked_when_they_are_read(data, tmp_path):
     flip(weights)
     with pytest.raises(UserError, match=r"train-lstm-0/model.safetensors is broken; delete .*train-lstm-0 to make it"):
         go(tmp_path / "run", document)
+
+
+def test_a_diverged_training_is_counted_in_the_verdict(data, tmp_path, monkeypatch):
+    """It has no model to test, and the sentence says that it is left out."""
+    document = killing.recipe(data)
+    poison(monkeypatch, lambda job, training: job == "train-lstm-0")
+    results = go(tmp_path / "run", document)
+    (row,) = [row for row in results["verdict"]["models"] if row["model"] == "lstm"]
+    assert row["diverged"] == 1 and "diverged" in results["verdict"]["sentence"]
