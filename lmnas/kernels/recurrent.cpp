@@ -483,8 +483,9 @@ void check(const Arguments& args) {
     expect(args.p_edges, {n_edges, K}, "p_edges");
     return;
   }
-  TORCH_CHECK(int64_t(args.ops.size()) == n_nodes + 1 && int64_t(args.sources.size()) == n_nodes && n_weights == n_nodes,
-              "recurrent cell: ", n_nodes, " nodes, but ", args.ops.size(), " operations, ", args.sources.size(),
+  const int64_t n_ops = int64_t(args.ops.size()), n_inputs = int64_t(args.sources.size());
+  TORCH_CHECK(n_ops == n_nodes + 1 && n_inputs == n_nodes && n_weights == n_nodes,
+              "recurrent cell: ", n_nodes, " nodes, but ", n_ops, " operations, ", n_inputs,
               " inputs and ", n_weights, " weights");
   for (int64_t op : args.ops) TORCH_CHECK(op >= 0 && op < K, "recurrent cell: operation ", op);
   for (int64_t node = 1; node <= n_nodes; ++node)
