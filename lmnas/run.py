@@ -2,7 +2,7 @@
 
 recipe.yaml       the resolved recipe             jobs/<job>/      checkpoints, events, result of each job
 environment.json  versions, device, data          study.db         the trials (Optuna, SQLite)
-sessions.jsonl    starts, stops, incidents        genotype.json, model.safetensors, results.json, report.html
+incidents.jsonl    starts, stops, incidents        genotype.json, model.safetensors, results.json, report.html
 """
 
 import contextlib
@@ -128,9 +128,9 @@ class Run:
         return self.path / "jobs" / name
 
     def note(self, event: str, **fields: Any) -> None:
-        """An incident for `sessions.jsonl`: not part of the deterministic history."""
+        """An incident for `incidents.jsonl`: not part of the deterministic history."""
         line = json.dumps({"time": round(time.time(), 3), "pid": os.getpid(), "event": event, **fields})
-        append_line(self.path / "sessions.jsonl", line)
+        append_line(self.path / "incidents.jsonl", line)
 
     def results(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):

@@ -245,4 +245,4 @@ def assert_same(path: Path, other: Path) -> None:
 
 def incidents(path: Path) -> list[str]:
     """Messages that the jobs of a run sent."""
-    return [event["message"] for event in read_events(path / "sessions.jsonl") if event["event"] == "incident"]
+    return [event["message"] for event in read_events(path / "incidents.jsonl") if event["event"] == "incident"]

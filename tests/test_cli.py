@@ -88,7 +88,7 @@ def test_the_run_directory_holds_everything(finished):
     run, _, document = finished
     names = {path.name for path in run.iterdir()}
     assert names >= {
-        *("recipe.yaml", "environment.json", "study.db", "sessions.jsonl", "genotype.json", "model.safetensors"),
+        *("recipe.yaml", "environment.json", "study.db", "incidents.jsonl", "genotype.json", "model.safetensors"),
         *("results.json", "report.html", "vocabulary.json"),
     }
     winner = {s["genotype_id"] for s in document["scores"] if s["model"] == "searched"}

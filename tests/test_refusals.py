@@ -17,7 +17,7 @@ from lmnas.jobs import _open_task
 from lmnas.progress import Display
 from lmnas.run import Run
 
-UNTOUCHED = ("lock", "sessions.jsonl")
+UNTOUCHED = ("lock", "incidents.jsonl")
 """Files of a run that say who opened it: they may change, all others are results."""
 
 

@@ -92,7 +92,7 @@ def survive(folder, document, reference, kills):
 
         while kills and kills[0](work):
             kills.pop(0)
-            assert not any(event["event"] == "finished" for event in read_events(path / "sessions.jsonl"))
+            assert not any(event["event"] == "finished" for event in read_events(path / "incidents.jsonl"))
         assert life < 10, "the kills come too late"
         work()
         assert_same(path, reference)
@@ -290,7 +290,7 @@ def test_interrupts_save_and_tell_how_to_continue(untouched, tmp_path, capfd):
         message = capfd.readouterr().err.splitlines()[-1]
         assert message.startswith("lmnas: stopped, everything is saved; the same command continues")
         assert f"lmnas {' '.join(command)}" in message
-        assert read_events(path / "sessions.jsonl")[-1]["event"] == "interrupted"
+        assert read_events(path / "incidents.jsonl")[-1]["event"] == "interrupted"
 
     assert finished(forked(partial(signalled, "train-random-0", signal.SIGINT, signal.SIGINT))) == 130
     assert not list((path / "jobs" / "train-random-0" / "checkpoints").glob("*-extra-*"))
