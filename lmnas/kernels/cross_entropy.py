@@ -1,8 +1,9 @@
 """Linear layer, softmax and cross-entropy in one operation that never holds all logits.
 
 The plain formulation stores (N, V) logits several times over; here a chunk of rows at a time goes through the softmax,
-and the gradients are made in the same pass, so backward only scales them. On one CPU core this takes 0.4 to 0.8 of the
-plain time at V = 10,000. PyTorch 2.13 has a chunked `linear_cross_entropy` of its own, which older versions lack.
+and the gradients are made in the same pass, so backward only scales them. Where the fused kernel is in use, a chunk is
+one product, one pass and two products in C++ (`csrc/cross_entropy.cpp`). PyTorch 2.13 has a chunked
+`linear_cross_entropy` of its own, which older versions lack.
 
 Shapes: N predictions, H width, V classes.
 """
@@ -11,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmnas.kernels.gemm import fast_products
+from lmnas.kernels import fused
+from lmnas.kernels.dispatch import kernel_in_use
 
-CHUNK_ELEMENTS = 2_000_000
+CHUNK_ELEMENTS = 5_000_000
 """Logits held at once: about the size of a processor's cache."""
 
 
@@ -40,11 +42,39 @@ def linear_cross_entropy(
     """
     if not torch.is_grad_enabled():  # autograd would tell `forward` that gradients are needed all the same
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    with fast_products(hidden, 2.0 * min(len(hidden), CHUNK_ELEMENTS // len(weight)) * weight.numel()):
-        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore)
+    compiled = kernel_in_use() == "fused" and fused.takes_plain(hidden, weight, *([] if bias is None else [bias]))
+    function = _Fused if compiled else _Chunked
+    return function.apply(hidden, weight, bias, targets, ignore)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+def chunk_rows(n_classes: int) -> int:
+    return max(1, CHUNK_ELEMENTS // n_classes)
+
+
+def _scaled(context, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients that forward made, times that of the loss, which mostly is exactly one."""
+    if gradient.device.type == "cpu" and gradient.item() == 1.0:
+        return (*context.saved_tensors, None, None)
+    return (*(None if d is None else d * gradient for d in context.saved_tensors), None, None)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int) -> Tensor:
+        wants = context.needs_input_grad[:3]
+        loss, *gradients = torch.ops.lmnas.linear_cross_entropy(
+            hidden, weight, bias, targets, ignore, chunk_rows(len(weight)), wants[0], wants[1], wants[2]
+        )
+        context.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, gradient: Tensor):
+        return _scaled(context, gradient)
+
+
+class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int) -> Tensor:
         wants_hidden, wants_weight, wants_bias = context.needs_input_grad[:3]
@@ -53,8 +83,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros_like(weight) if wants_weight else None
         d_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
-        for start in range(0, len(hidden), max(1, CHUNK_ELEMENTS // len(weight))):
-            rows = slice(start, start + max(1, CHUNK_ELEMENTS // len(weight)))
+        for start in range(0, len(hidden), chunk_rows(len(weight))):
+            rows = slice(start, start + chunk_rows(len(weight)))
             h, target = hidden[rows], targets[rows]
             kept = target != ignore
             index = target.masked_fill(~kept, 0)[:, None]
@@ -82,4 +112,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(context, gradient: Tensor):
-        return (*(None if d is None else d * gradient for d in context.saved_tensors), None, None)
+        return _scaled(context, gradient)

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmnas.kernels.gemm import fast_products
 from lmnas.kernels.reference import BatchNorm, Program
 
-SOURCE = Path(__file__).with_name("recurrent.cpp")
+SOURCES = sorted((Path(__file__).parent / "csrc").glob("*.cpp"))
+HEADERS = sorted((Path(__file__).parent / "csrc").glob("*.h"))
 COMPILE_SECONDS = 30.0
 """About what compiling takes on one core."""
 _BATCH_NORM = {"none": 0, "nodes": 1, "output": 2}
@@ -72,7 +72,8 @@ def library_path() -> Path:
     if name is None:
         raise Unavailable("no C++ compiler found (CXX, c++, g++, clang++)")
     version = subprocess.run([name, "--version"], capture_output=True, text=True).stdout
-    key = [SOURCE.read_text(encoding="utf-8"), version, torch.__version__, _processor(), *_flags()]
+    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, *HEADERS)]
+    key = [*texts, version, torch.__version__, _processor(), *_flags()]
     digest = hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return root / "lmnas" / "kernels" / f"recurrent-{digest}.so"
@@ -96,7 +97,7 @@ def _compile(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
-            command = [str(compiler()), *_flags(), abi, *include, str(SOURCE), "-o", str(built), *link]
+            command = [str(compiler()), *_flags(), abi, *include, *map(str, SOURCES), "-o", str(built), *link]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
@@ -130,18 +131,20 @@ def takes(
 ) -> bool:
     """Whether these arguments run here; the reference takes all the others."""
     masks = [mask for mask in (mask_x, mask_h) if mask is not None]
-    return (
-        inputs.device.type == "cpu"
-        and inputs.dtype in (torch.float32, torch.float64)
-        and inputs.numel() > 0
-        and all(t.dtype == inputs.dtype and t.device == inputs.device for t in (state, *weights, *masks))
-        and all(mask.shape == state.shape and not mask.requires_grad for mask in masks)
-        and not torch.is_autocast_enabled("cpu")
+    return takes_plain(inputs, state, *weights, *masks) and all(
+        mask.shape == state.shape and not mask.requires_grad for mask in masks
     )
 
 
-def _product_flops(inputs: Tensor) -> float:
-    return 4.0 * inputs.shape[1] * inputs.shape[2] ** 2
+def takes_plain(first: Tensor, *others: Tensor) -> bool:
+    """Whether the extension takes these operands: on a CPU, of one floating type."""
+    return (
+        first.device.type == "cpu"
+        and first.dtype in (torch.float32, torch.float64)
+        and first.numel() > 0
+        and all(t.dtype == first.dtype and t.device == first.device for t in others)
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 class _Segment(torch.autograd.Function):
@@ -152,8 +155,7 @@ class _Segment(torch.autograd.Function):
         ops, sources, batch_norm = settings
         weights = (w_input, w_nodes, p_input, p_edges, output_weights)
         arguments = (inputs, state, *weights, ops, sources, mask_x, mask_h, _BATCH_NORM[batch_norm])
-        with fast_products(inputs, _product_flops(inputs)):
-            result = torch.ops.lmnas.segment_forward(*arguments, any(needs))
+        result = torch.ops.lmnas.segment_forward(*arguments, any(needs))
         hs = result[0]
         if any(needs):
             context.arguments = arguments
@@ -167,10 +169,9 @@ class _Segment(torch.autograd.Function):
     def backward(context, gradient: Tensor):
         hs = context.saved_tensors[0]
         arguments, tape, context.tape = context.arguments, context.tape, None
-        with fast_products(hs, _product_flops(hs)):
-            if tape is None:  # a graph that was retained: the first backward used the tape up
-                tape = torch.ops.lmnas.segment_forward(*arguments, True)[1]
-            gradients = torch.ops.lmnas.segment_backward(*arguments, gradient, hs, tape, context.needs)
+        if tape is None:  # a graph that was retained: the first backward used the tape up
+            tape = torch.ops.lmnas.segment_forward(*arguments, True)[1]
+        gradients = torch.ops.lmnas.segment_backward(*arguments, gradient, hs, tape, context.needs)
         gradients += [None] * (len(context.needs_input_grad) - 3 - len(gradients))
         return (None, None, None, *gradients)
 
