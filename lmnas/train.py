@@ -96,6 +96,7 @@ class WeightTraining:
             lr=self.settings.learning_rate,
             momentum=self.settings.momentum,
             weight_decay=self.settings.weight_decay,
+            fused=True,  # one pass over the weights, a quarter of the time
         )
         self.steps = 0
         self.salt = 0

@@ -28,6 +28,9 @@ from lmnas.tasks.corpora import Corpus, open_corpus
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
+EVALUATION_TOKENS = 1024
+"""Tokens of a segment when a whole split is evaluated: no gradient runs through time there, and long ones are faster."""
+
 
 @dataclass(kw_only=True)
 class ModelSettings:
@@ -301,7 +304,8 @@ class LanguageModeling:
         device = next(model.parameters()).device
         columns = self._columns(self.corpus.splits[split], batch_size)
         total, count, carry = torch.zeros((), dtype=torch.float64, device=device), 0, None
-        for number, batch in enumerate(self._segments(columns, settings.bptt)):
+        length = max(settings.bptt, EVALUATION_TOKENS // batch_size) if max_segments is None else settings.bptt
+        for number, batch in enumerate(self._segments(columns, length)):
             if max_segments is not None and number >= max_segments:
                 break
             batch = Batch(batch.inputs.to(device), batch.targets.to(device))

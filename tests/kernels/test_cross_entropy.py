@@ -3,8 +3,20 @@
 import pytest
 import torch
 
-from lmnas.kernels import cross_entropy
+from lmnas.kernels import cross_entropy, dispatch, fused
 from lmnas.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+
+
+@pytest.fixture(params=[False, True], ids=["reference", "fused"], autouse=True)
+def kernel(request, monkeypatch):
+    """Every test runs with either kernel."""
+    if request.param:
+        try:
+            fused.load()
+        except fused.Unavailable as problem:
+            pytest.skip(f"no fused kernel: {problem}")
+    monkeypatch.setattr(dispatch, "_decided", request.param)
+    return request.param
 
 
 def problem(n, width, classes, bias, dtype):
@@ -54,3 +66,46 @@ def test_gradients_only_where_asked():
     loss = linear_cross_entropy(hidden.detach(), weight, b.detach(), targets)
     loss.backward()
     assert weight.grad is not None and hidden.grad is None and b.grad is None
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sizes_beyond_one_block(monkeypatch, ignored):
+    """More rows, width and classes than one piece of a product holds, in float64; and in float32 the same bits whatever
+    the number of threads."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 500 * 1003)
+    hidden, weight, b, targets = problem(701, 32, 1003, True, torch.float64)
+    if ignored:
+        targets[1::2] = -100
+    leaves = [hidden, weight, b]
+    plain = linear_cross_entropy_reference(hidden, weight, b, targets)
+    ours = linear_cross_entropy(hidden, weight, b, targets)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+    for a, theirs in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(plain, leaves), strict=True):
+        torch.testing.assert_close(a, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_threads_change_no_bit(kernel):
+    if not kernel:
+        pytest.skip("the plain route leaves its products to the library")
+    hidden, weight, b, targets = problem(300, 32, 1003, True, torch.float32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3, 4):
+            torch.set_num_threads(count)
+            loss = linear_cross_entropy(hidden, weight, b, targets)
+            found.append([loss, *torch.autograd.grad(loss, [hidden, weight, b])])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_unknown_class_is_refused():
+    hidden, weight, _, targets = problem(8, 4, 6, False, torch.float64)
+    targets[3] = 6
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        linear_cross_entropy(hidden, weight, None, targets)
+
+
+def test_no_kept_target_gives_nan():
+    hidden, weight, _, targets = problem(8, 4, 6, False, torch.float64)
+    assert linear_cross_entropy(hidden, weight, None, torch.full_like(targets, -100)).isnan()

@@ -131,6 +131,31 @@ def test_random_genotypes(dtype, output):
         assert_equal(problem, BATCH_NORMS[seed // 4 % 3])
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads; as it was after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mixture", [True, False])
+def test_sizes_beyond_one_block(threads, mixture):
+    """More rows, columns, depth and steps than one piece of a product holds: equal in float64 to the reference, and
+    in float32 bit for bit whatever the number of threads, since pieces do not depend on it."""
+    space = RecurrentCell(n_nodes=8)
+    program = None if mixture else space.program(space.sample(rng(0, "programs")))
+    assert_equal(Problem(4, 150, 32, 8, seed=1, masks=(True, True), program=program), "nodes" if mixture else "none")
+    problem = Problem(4, 150, 32, 8, seed=2, masks=(True, True), program=program, dtype=torch.float32)
+    found = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        hs, gradients = problem.gradients(fused, "nodes")
+        found.append([hs, *gradients])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("sharing", ["node", "edge"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_random_mixtures(dtype, sharing):

@@ -27,7 +27,7 @@ using lmnas::pieces;
 
 // One row of logits becomes d loss / d logits = (softmax - one-hot) share; returns the row's loss
 template <typename S>
-double row_of(S* logits, const S* bias, int64_t classes, int64_t target, S share, bool wants_gradient) {
+double row_of(S* logits, const S* bias, int64_t classes, int64_t target, S share) {
   if (bias != nullptr)
 #pragma omp simd
     for (int64_t v = 0; v < classes; ++v) logits[v] += bias[v];
@@ -49,12 +49,10 @@ double row_of(S* logits, const S* bias, int64_t classes, int64_t target, S share
     }
     normaliser += sum;
   }
-  if (wants_gradient) {
-    const S factor = share / S(normaliser);
+  const S factor = share / S(normaliser);
 #pragma omp simd
-    for (int64_t v = 0; v < classes; ++v) logits[v] *= factor;
-    logits[target] -= share;
-  }
+  for (int64_t v = 0; v < classes; ++v) logits[v] *= factor;
+  logits[target] -= share;
   return std::log(normaliser) - chosen;
 }
 
@@ -75,26 +73,18 @@ Tensor transposed(const Tensor& x) {
 }
 
 template <typename S>
-std::vector<Tensor> run(
+std::vector<Tensor> with_gradients(
     const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets, int64_t ignore,
-    int64_t chunk, bool wants_hidden, bool wants_weight, bool wants_bias) {
+    int64_t kept, int64_t chunk, bool wants_hidden, bool wants_weight, bool wants_bias) {
   const int64_t n = hidden.size(0), width = hidden.size(1), classes = weight.size(0);
   const auto options = hidden.options();
   const int64_t* target = targets.data_ptr<int64_t>();
-  int64_t kept = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (target[i] == ignore) continue;
-    TORCH_CHECK_INDEX(target[i] >= 0 && target[i] < classes, "Target ", target[i], " is out of bounds.");
-    ++kept;
-  }
   const S share = S(1.0 / double(kept));
-  const bool wants_gradient = wants_hidden || wants_weight || wants_bias;
-
   const Panels<S> forward = lmnas::side_by_side_transposed<S>({weight});
   Panels<S> back;
   if (wants_hidden) back = lmnas::side_by_side<S>({weight});
   Tensor d_hidden = wants_hidden ? at::empty({n, width}, options) : Tensor();
-  Tensor d_weight = wants_weight ? at::zeros({width, classes}, options) : Tensor();  // transposed
+  Tensor d_weight = wants_weight ? at::empty({width, classes}, options) : Tensor();  // transposed
   Tensor d_bias = wants_bias ? at::zeros({classes}, options) : Tensor();
   Tensor buffer = at::empty({std::min(chunk, n), classes}, options);
   S* logits = buffer.data_ptr<S>();
@@ -109,7 +99,7 @@ std::vector<Tensor> run(
       for (int64_t r = from; r < to; ++r) {
         const int64_t t = target[begin + r];
         if (t != ignore)
-          losses[begin + r] = row_of<S>(logits + r * classes, biases, classes, t, share, wants_gradient);
+          losses[begin + r] = row_of<S>(logits + r * classes, biases, classes, t, share);
         else
           std::fill_n(logits + r * classes, classes, S(0));
       }
@@ -118,7 +108,7 @@ std::vector<Tensor> run(
       lmnas::multiply<S>(logits, classes, rows, back, d_hidden.data_ptr<S>() + begin * width, width, false);
     if (wants_weight)
       lmnas::multiply_once<S>(lmnas::transposed_tiles<S>(h, rows, width, nullptr, 1, options), logits, classes, classes,
-                              d_weight.data_ptr<S>(), classes, true);
+                              d_weight.data_ptr<S>(), classes, begin > 0);
     if (wants_bias) {
       S* sums = d_bias.data_ptr<S>();
       constexpr int64_t STRIP = 256;
@@ -135,6 +125,89 @@ std::vector<Tensor> run(
   Tensor loss = at::empty({}, options);
   *loss.data_ptr<S>() = S(total / double(kept));
   return {loss, d_hidden, wants_weight ? transposed<S>(d_weight) : Tensor(), d_bias};
+}
+
+// The loss alone. The weights, as they lie, are the left operand and the predictions the right one, so nothing is arranged
+// but the predictions, and a strip of logits leaves nothing but its maximum and its sum.
+template <typename S>
+Tensor loss_only(
+    const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets, int64_t ignore) {
+  const int64_t n = hidden.size(0), width = hidden.size(1), classes = weight.size(0);
+  const int64_t* target = targets.data_ptr<int64_t>();
+  const S* biases = bias.defined() ? bias.data_ptr<S>() : nullptr;
+  constexpr int64_t ROWS = 480, STRIP = 256;
+  const int64_t strips = pieces(classes, STRIP);
+  double total = 0;
+  int64_t kept = 0;
+  for (int64_t begin = 0; begin < n; begin += ROWS) {
+    const int64_t rows = std::min(ROWS, n - begin);
+    const Panels<S> predictions = lmnas::side_by_side_transposed<S>({hidden.narrow(0, begin, rows)});
+    std::vector<S> tops(strips * rows), chosen(rows);
+    std::vector<double> sums(strips * rows);
+    at::parallel_for(0, strips, 1, [&](int64_t from, int64_t to) {
+      std::vector<S> logits(STRIP * rows), part(rows);
+      for (int64_t strip = from; strip < to; ++strip) {
+        const int64_t first = strip * STRIP, height = std::min(STRIP, classes - first);
+        lmnas::multiply<S>(weight.data_ptr<S>() + first * width, width, height, predictions, logits.data(), rows, false);
+        S* top = tops.data() + strip * rows;
+        for (int64_t v = 0; v < height; ++v) {
+          S* row = logits.data() + v * rows;
+          const S b = biases == nullptr ? S(0) : biases[first + v];
+#pragma omp simd
+          for (int64_t r = 0; r < rows; ++r) {
+            row[r] += b;
+            top[r] = v == 0 || row[r] > top[r] ? row[r] : top[r];
+          }
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t t = target[begin + r] - first;
+          if (target[begin + r] != ignore && t >= 0 && t < height) chosen[r] = logits[t * rows + r];
+        }
+        std::fill(part.begin(), part.end(), S(0));
+        for (int64_t v = 0; v < height; ++v) {
+          const S* row = logits.data() + v * rows;
+#pragma omp simd
+          for (int64_t r = 0; r < rows; ++r) part[r] += lmnas::exponential(row[r] - top[r]);
+        }
+        std::copy(part.begin(), part.end(), sums.begin() + strip * rows);
+      }
+    });
+    for (int64_t r = 0; r < rows; ++r) {
+      if (target[begin + r] == ignore) continue;
+      S top = tops[r];
+      for (int64_t strip = 1; strip < strips; ++strip) top = std::max(top, tops[strip * rows + r]);
+      double normaliser = 0;
+      for (int64_t strip = 0; strip < strips; ++strip)
+        normaliser += sums[strip * rows + r] * std::exp(double(tops[strip * rows + r]) - double(top));
+      total += std::log(normaliser) + double(top) - double(chosen[r]);
+      ++kept;
+    }
+  }
+  Tensor loss = at::empty({}, hidden.options());
+  *loss.data_ptr<S>() = S(total / double(kept));
+  return loss;
+}
+
+// Raises where a target is no class; returns how many count
+int64_t checked(const Tensor& targets, int64_t classes, int64_t ignore) {
+  const int64_t* target = targets.data_ptr<int64_t>();
+  int64_t kept = 0;
+  for (int64_t i = 0; i < targets.numel(); ++i) {
+    if (target[i] == ignore) continue;
+    TORCH_CHECK_INDEX(target[i] >= 0 && target[i] < classes, "Target ", target[i], " is out of bounds.");
+    ++kept;
+  }
+  return kept;
+}
+
+template <typename S>
+std::vector<Tensor> run(
+    const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets, int64_t ignore,
+    int64_t chunk, bool wants_hidden, bool wants_weight, bool wants_bias) {
+  const int64_t kept = checked(targets, weight.size(0), ignore);
+  if (!(wants_hidden || wants_weight || wants_bias))
+    return {loss_only<S>(hidden, weight, bias, targets, ignore), Tensor(), Tensor(), Tensor()};
+  return with_gradients<S>(hidden, weight, bias, targets, ignore, kept, chunk, wants_hidden, wants_weight, wants_bias);
 }
 
 // Loss, then the gradients of hidden, weight and bias; undefined where not wanted
