@@ -121,6 +121,7 @@ def load() -> None:
         torch.ops.load_library(path)
     except OSError as error:
         raise Unavailable(f"cannot load {path} ({error})") from error
+    torch.ops.lmnas.keep_freed_memory()
 
 
 # ------------------------------------------------------------------------------------------------ running

@@ -29,7 +29,7 @@ from lmnas.tasks.corpora import Corpus, open_corpus
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 EVALUATION_TOKENS = 1024
-"""Tokens of a segment when a whole split is evaluated: no gradient runs through time there, and long ones are faster."""
+"""Tokens of a segment in evaluation: no gradient runs through time there, and long segments are faster."""
 
 
 @dataclass(kw_only=True)
