@@ -1,25 +1,29 @@
 """Which kernel runs the recurrent cell: the plain reference or the fused one, decided once per process.
 
-`auto` takes the fused one where it is compiled already, or where `prepare` was told of enough work ahead for compiling
-to pay; else the reference. The default is the reference: both are exact, but their sums differ in order, so a run that
-is continued must not change from one to the other.
+`auto` takes the fused one where it is compiled already, or where enough work is ahead for compiling to pay; else the
+reference. A process begins with the reference: both are exact, but their sums differ in order, so a run that is
+continued must not change from one to the other; it asks `decide` once and keeps the answer.
 """
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 from torch import Tensor
 
 from lmnas.errors import UserError, nearest
-from lmnas.kernels import fused, gemm, reference
+from lmnas.kernels import cross_entropy, fused, gemm, planned, reference
 from lmnas.kernels.reference import BatchNorm, Program
 
 Kernel = Literal["auto", "reference", "fused"]
+Decided = Literal["reference", "fused"]
 
 _setting: Kernel = "reference"
 _decided: bool | None = False
 """Whether the fused kernel runs; None: not decided yet."""
+_planned: Decided = "reference"
+"""Whose memory tensors of the `meta` device stand for."""
 
 
 def set_kernel(kernel: Kernel) -> None:
@@ -48,6 +52,53 @@ def prepare(seconds_of_work_ahead: float) -> None:
     global _decided
     if _setting == "auto" and not _decided:
         _decided = _loads(compiling=seconds_of_work_ahead > 2 * fused.COMPILE_SECONDS)
+
+
+def decide(seconds_of_work_ahead: Callable[[], float]) -> tuple[Decided, str]:
+    """What `auto` means here, and why, in a few words; nothing is compiled yet.
+
+    Args:
+        seconds_of_work_ahead: at the reference's speed; asked only where the answer matters.
+    """
+    try:
+        fused.library_path()
+    except fused.Unavailable as problem:
+        return "reference", str(problem)
+    if fused.is_cached():
+        return "fused", "compiled already"
+    seconds = seconds_of_work_ahead()
+    if seconds > 2 * fused.COMPILE_SECONDS:
+        return "fused", f"about {seconds:.0f} s of work at the plain kernel's speed pay for compiling"
+    return "reference", f"about {seconds:.0f} s of work do not pay for compiling"
+
+
+def must_compile() -> bool:
+    """Whether taking the fused kernel would compile it first."""
+    return fused.compiler() is not None and not fused.is_cached()
+
+
+def default_chunk() -> int:
+    """Logits that the loss holds at once unless told otherwise."""
+    return _DEFAULT_CHUNK
+
+
+_DEFAULT_CHUNK = cross_entropy.CHUNK_ELEMENTS
+
+
+def set_chunk(elements: int) -> None:
+    """How many logits the loss holds at once. Its sums depend on it in their last digits."""
+    cross_entropy.CHUNK_ELEMENTS = elements
+
+
+@contextlib.contextmanager
+def planning(kernel: Decided) -> Iterator[None]:
+    """Inside, tensors of the `meta` device stand for what `kernel` would hold."""
+    global _planned
+    before, _planned = _planned, kernel
+    try:
+        yield
+    finally:
+        _planned = before
 
 
 def _loads(compiling: bool) -> bool:
@@ -80,6 +131,8 @@ def recurrent_path(
     batch_norm: BatchNorm = "none",
 ) -> Tensor:
     """`reference.recurrent_path` by the kernel in use."""
+    if inputs.device.type == "meta" and _planned == "fused":
+        return planned.recurrent(inputs, state, (w_input, *w_nodes), len(program.inputs), len(program.inputs))
     chosen = fused if _fused_takes(inputs, state, (w_input, *w_nodes), mask_x, mask_h) else reference
     return chosen.recurrent_path(inputs, state, w_input, w_nodes, program, mask_x, mask_h, batch_norm)
 
@@ -98,6 +151,8 @@ def recurrent_mixture(
 ) -> Tensor:
     """`reference.recurrent_mixture` by the kernel in use."""
     weights = (w_input, *w_nodes, p_input, p_edges, output_weights)
+    if inputs.device.type == "meta" and _planned == "fused":
+        return planned.recurrent(inputs, state, weights, len(output_weights) - 1, len(p_edges))
     chosen = fused if _fused_takes(inputs, state, weights, mask_x, mask_h) else reference
     return chosen.recurrent_mixture(
         inputs, state, w_input, w_nodes, p_input, p_edges, output_weights, mask_x, mask_h, batch_norm
