@@ -17,26 +17,7 @@ from lmnas import registry
 from lmnas.bench import BENCHES, open_bench
 from lmnas.errors import Interrupted, UserError
 
-STAGE_def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    inner = bench_parser(options.name).parse_args(options.rest)
-    inner.json |= options.json
-    if inner.out is not None:
-        try:
-            inner.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {inner.out}: pictures cannot be written ({error.strerror})") from None
-    module = open_bench(options.name)
-    document = module.run(inner, lambda line: print(line, file=sys.stderr, flush=True))
-    lines = [] if inner.json else [module.text(document)]
-    if inner.out is not None:
-        pictures = [str(path) for path in module.pictures(document, inner.out)]
-        document = {**document, "pictures": pictures}
-        lines.append(f"pictures: {', '.join(pictures)}")
-    say(inner, document, "\n".join(lines))
-    return 0
-
-
-COMMANDS = {
+STAGE_COMMANDS = {
     "select": "retrain the best candidates shortly",
     "train": "train the winner and the baselines from scratch",
     "test": "test every trained model once, and load the saved one back",
@@ -175,6 +156,7 @@ def _stage(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | None) -> int:
     from lmnas.experiment import STAGES, Experiment
+    from lmnas.plan import plan
     from lmnas.preflight import preflight
     from lmnas.progress import Display
     from lmnas.protocols import Objective
@@ -182,7 +164,8 @@ def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | N
     from lmnas.run import Run
 
     if recipe is not None:
-        preflight(recipe, path)  # before there is a run directory
+        preflight(recipe)  # before there is a run directory
+        plan(recipe, path)
     with Run(path, recipe) as run, Display() as display:
         experiment = Experiment(run, display)
         stages = STAGES if stage is None else tuple(dict.fromkeys((stage, "report")))

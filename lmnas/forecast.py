@@ -2,14 +2,14 @@
 shapes and no memory. What autograd would hold and what products cost is counted there, for any space and any task.
 
     step      = weights + gradients + optimiser state + what autograd holds + a chunk of logits + a strategy's copies
-    training  = step + averaged and best weights; or, where that is more, the same with a checkpoint in place of the tape
+    training  = step + averaged and best weights, and room for a checkpoint, which is made between two steps
 
 `lmnas bench memory` puts the forecast beside measured peaks.
 """
 
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class Forecast:
     logits: int
     copies: int
     """Further copies of the weights: of a second-order step, of averaging, of the best so far."""
+
+    def with_chunk(self, chunk: int) -> "Forecast":
+        """With so many logits held at once: themselves, and as many numbers on their way to probabilities."""
+        return replace(self, logits=2 * 4 * chunk)
 
     @property
     def total(self) -> int:
@@ -100,28 +104,24 @@ def step_forecast(
     *,
     momentum: bool = False,
     copies: int = 0,
-    chunk: int | None = None,
 ) -> Forecast:
     """One training step of `model`, which is on `meta`.
 
     Args:
         batch: the largest one.
         copies: further copies of the weights beside model, gradients and optimiser.
-        chunk: logits that the loss holds at once; None: the default.
     """
     sizes = [_size(parameter) for parameter in model.parameters()]
     weights, largest = sum(sizes), max(sizes, default=0)
-    chunk = default_chunk() if chunk is None else chunk
     kept, used = kept_bytes(model, batch, choice, kernel)
     return Forecast(
         weights=weights,
         gradients=used + largest,
         optimizer=weights if momentum else 0,
         kept=kept,
-        # the logits, and as many numbers on their way to probabilities
-        logits=2 * 4 * max(chunk, 1),
+        logits=0,
         copies=copies * weights,
-    )
+    ).with_chunk(default_chunk())
 
 
 def training_bytes(forecast: Forecast, *, averaged: bool, best: bool) -> int:

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
+import yaml
+
 from lmnas.errors import UserError
 from lmnas.files import write_json
-from lmnas.kernels import Decided, set_chunk, set_kernel
+from lmnas.kernels import Decided, default_chunk, set_chunk, set_kernel
 
 FILE = "kernel.json"
 
@@ -36,7 +38,7 @@ class Pin:
 
 
 def read_pin(run: Path) -> Pin | None:
-    """The pin of a run; None: it has none yet.
+    """The pin of a run; None: it has none yet. A run from before there were pins keeps what its recipe says.
 
     Raises:
         UserError: the file is broken.
@@ -44,8 +46,8 @@ def read_pin(run: Path) -> Pin | None:
     path = run / FILE
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    except (FileNotFoundError, NotADirectoryError):
+        return _before_pins(run)
     except (OSError, ValueError) as error:
         raise UserError(_broken(path, str(error))) from None
     with contextlib.suppress(KeyError, TypeError, ValueError):
@@ -53,6 +55,17 @@ def read_pin(run: Path) -> Pin | None:
         if kernel in get_args(Decided) and chunk > 0:
             return Pin(kernel, str(document.get("why", "")), chunk)
     raise UserError(_broken(path, "expected kernel (reference or fused) and chunk (a positive number)"))
+
+
+def _before_pins(run: Path) -> Pin | None:
+    if not any((run / "jobs").glob("*")):
+        return None
+    with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        kernel = (recipe.get("execution") or {}).get("kernel", "reference")
+        if kernel in get_args(Decided):
+            return Pin(kernel, "as the run began", default_chunk())
+    return None
 
 
 def _broken(path: Path, cause: str) -> str:

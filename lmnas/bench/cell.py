@@ -5,6 +5,7 @@ dropped and taken again. Both sides must agree on every loss, or nothing is repo
 """
 
 import argparse
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -119,8 +120,7 @@ def measure(
     agree([row.ours()], [row.plain()])
     (ours_once, ours_values), (plain_once, plain_values) = timed(row.ours, 1), timed(row.plain, 1)
     agree(ours_values, plain_values)
-    # multiples of four: a row that goes round four paths then does the same ones in every round
-    ours_times, plain_times = (_times(seconds, once) for once in (ours_once, plain_once))
+    ours_times, plain_times = (math.ceil(seconds / max(once, 1e-6)) for once in (ours_once, plain_once))
     clean: list[tuple[float, float]] = []
     disturbed: list[tuple[float, float]] = []
     while len(clean) < rounds and len(clean) + len(disturbed) < ATTEMPTS * rounds:
@@ -147,16 +147,11 @@ def measure(
     }
 
 
-def _times(seconds: float, once: float) -> int:
-    times = math.ceil(seconds / max(once, 1e-6))
-    return 4 * math.ceil(times / 4) if times > 1 else 1
-
-
 def check(name: str, ours: tuple[float, ...], plain: tuple[float, ...], same: bool) -> None:
     """Refuse to report a kernel that computes something else.
 
     Args:
-        ours, plain: the loss, and the gradient's norm where there is one.
+        ours, plain: a loss, and the norm of its gradient where there is one, by turns.
         same: False: they need only be finite.
 
     Raises:
@@ -164,7 +159,8 @@ def check(name: str, ours: tuple[float, ...], plain: tuple[float, ...], same: bo
     """
     if not all(math.isfinite(value) for value in (*ours, *plain)):
         raise UserError(f"row {name}: a loss or gradient is not finite; its speed means nothing")
-    for what, one, other, limit in zip(("loss", "gradient norm"), ours, plain, (LOSSES_AGREE, NORMS_AGREE), strict=False):
+    kinds = itertools.cycle((("loss", LOSSES_AGREE), ("gradient norm", NORMS_AGREE)))
+    for (what, limit), one, other in zip(kinds, ours, plain, strict=False):
         if same and abs(one - other) > limit * abs(other):
             raise UserError(
                 f"row {name}: the {what} is {one:.7g} with our kernel and {other:.7g} with the plain formulation; "
@@ -205,7 +201,8 @@ def text(document: dict[str, Any]) -> str:
         columns(header, rows),
         "",
         f"products: {document['gemm_gflops']:,.0f} GFLOP/s{reached}",
-        f"kernel {document['kernel']}, {document['threads']} threads, {document['processor']}, torch {document['torch']}",
+        f"kernel {document['kernel']}, {document['threads']} threads, {document['processor']}",
+        f"torch {document['torch']}",
     ]
     if any(row["disturbed"] for row in document["rows"]):
         lines.append(f"* the machine was busy: others used more than {MAX_FOREIGN} cores in most rounds")
@@ -224,9 +221,7 @@ def pictures(document: dict[str, Any], folder: Path) -> list[Path]:
         figure = Figure(figsize=(7.0, 0.8 + 0.36 * len(rows)), layout="constrained")
         axes = figure.subplots()
         places = range(len(rows))
-        axes.barh(
-            places, medians, xerr=whiskers, color=MODEL_COLOURS["searched"], ecolor=FAINT, height=0.62, capsize=2
-        )
+        axes.barh(places, medians, xerr=whiskers, color=MODEL_COLOURS["searched"], ecolor=FAINT, height=0.62, capsize=2)
         axes.axvline(1.0, color=FAINT, linewidth=1.0)
         axes.set_yticks(places, [row["row"] for row in rows])
         axes.invert_yaxis()

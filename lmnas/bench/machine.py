@@ -44,7 +44,7 @@ class Watch:
 
 
 def clock(threads: int, device: torch.device) -> Callable[[], float]:
-    """Seconds: of this process' CPU with one thread, which others disturb less; of the wall else. A GPU is waited for."""
+    """Seconds of this process' CPU with one thread, which others disturb less, else of the wall; a GPU is awaited."""
     if device.type == "cuda":
 
         def now() -> float:

@@ -19,9 +19,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     """--rows, --threads, --kernel, --per-edge, --small."""
     parser.add_argument("--rows", help="only these, separated by commas")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores up to four)")
-    parser.add_argument(
-        "--kernel", default="auto", help="what runs our side: auto, fused or reference (default: auto)"
-    )
+    parser.add_argument("--kernel", default="auto", help="what runs our side: auto, fused or reference (default: auto)")
     parser.add_argument("--per-edge", action="store_true", help="the plain side takes one product for every edge")
     # toy sizes, for tests of the bench itself
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)

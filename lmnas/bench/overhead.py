@@ -25,10 +25,10 @@ from lmnas.estimators.shared import Shared
 from lmnas.genotype import load_genotype
 from lmnas.job import Job
 from lmnas.jobs import build_model
-from lmnas.registry import component
+from lmnas.protocols import Task
+from lmnas.registry import component, create
 from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE
 from lmnas.spaces.recurrent_cell import RecurrentCell
-from lmnas.tasks.language_modeling import LanguageModeling
 from lmnas.train import Optimizer, Training, fit, initialise
 
 HELP = "time of a training step outside of the network"
@@ -58,7 +58,7 @@ class Network:
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Inside, calls of `model` and of autograd are timed."""
         backward, grad = torch.autograd.backward, torch.autograd.grad
-        model.forward = self.timed(model.forward)  # type: ignore[method-assign]
+        model.forward = self.timed(model.forward)
         torch.autograd.backward, torch.autograd.grad = self.timed(backward), self.timed(grad)
         try:
             yield
@@ -76,7 +76,7 @@ def _settings(small: bool) -> Training:
     )
 
 
-def _retrain(task: LanguageModeling, training: Training, folder: Path) -> tuple[int, float, float]:
+def _retrain(task: Task, training: Training, folder: Path) -> tuple[int, float, float]:
     device = torch.device("cpu")
     model = initialise(build_model(task, load_genotype("darts-v2"), training), 0)
     network = Network()
@@ -86,8 +86,8 @@ def _retrain(task: LanguageModeling, training: Training, folder: Path) -> tuple[
     return result["steps"], time.perf_counter() - began, network.seconds
 
 
-def _search(strategy: str, **settings: Any) -> Callable[[LanguageModeling, Training, Path], tuple[int, float, float]]:
-    def train(task: LanguageModeling, training: Training, folder: Path) -> tuple[int, float, float]:
+def _search(strategy: str, **settings: Any) -> Callable[[Task, Training, Path], tuple[int, float, float]]:
+    def train(task: Task, training: Training, folder: Path) -> tuple[int, float, float]:
         space = RecurrentCell()
         shared = Shared(space, task, 0, torch.device("cpu"), training=training)
         chosen = component("strategy", strategy)(space, task.objective, 0, **settings)
@@ -101,7 +101,7 @@ def _search(strategy: str, **settings: Any) -> Callable[[LanguageModeling, Train
     return train
 
 
-ROWS: dict[str, Callable[[LanguageModeling, Training, Path], tuple[int, float, float]]] = {
+ROWS: dict[str, Callable[[Task, Training, Path], tuple[int, float, float]]] = {
     "retrain": _retrain,
     "search-random": _search("random"),
     "search-first-order": _search("gradient", order=1),
@@ -149,12 +149,12 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     }
 
 
-def _task(folder: Path, n_words: int) -> LanguageModeling:
+def _task(folder: Path, n_words: int) -> Task:
     """A text of random words; its token cache is beside it."""
     draws = random.Random(0)
     lines = [" ".join(f"w{draws.randrange(WORDS)}" for _ in range(10)) for _ in range(n_words // 10)]
     (folder / "text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return LanguageModeling(data=str(folder / "text.txt"))
+    return create("task", {"name": "language-modeling", "data": str(folder / "text.txt")})
 
 
 def text(document: dict[str, Any]) -> str:

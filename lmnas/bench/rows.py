@@ -24,7 +24,7 @@ from lmnas.tasks.language_modeling import LanguageModel, ModelSettings
 DROPOUT = {"dropout_output": 0.75, "dropout_x": 0.75, "dropout_hidden": 0.25, "dropout_input": 0.2}
 """Of both papers' searches and trainings."""
 N_PATHS = 4
-"""Paths that the row `enas-shared` goes round."""
+"""Of the row `enas-shared`, which takes a step with each."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Row:
     """One measurement: two ways to do the same work.
 
     Attributes:
-        ours, plain: do it once; the values that both must agree on (a loss and, where there is one, the gradient's
-            norm).
+        ours, plain: do it once; the values that both must agree on, each a loss and, where there is one, the norm of
+            its gradient behind it.
         tokens: predictions made in one go.
         same: whether the two do the same sums (the LSTM does other ones).
         model: what is trained, for forecasts; None: no training.
@@ -181,7 +181,7 @@ def _evaluate(batch_size: int) -> Make:
 
 
 def _enas_shared(sizes: Sizes, device: torch.device, per_edge: bool) -> Row:
-    """A training step of ENAS' shared weights: another sampled path each time, in the same order on both sides."""
+    """Training steps of ENAS' shared weights, one for each of a few sampled paths."""
     space = RecurrentCell(
         n_nodes=11, input_activation="searched", output="loose-ends", sharing="edge", batch_norm="output", none=False
     )
@@ -189,17 +189,14 @@ def _enas_shared(sizes: Sizes, device: torch.device, per_edge: bool) -> Row:
     setting = Setting(space.supernet(width), width, sizes.batch, sizes, device, decoder_bias=False, **DROPOUT)
     plain = Plain(setting.model, per_edge)
     genotypes = [space.sample(rng(0, "paths", i)) for i in range(N_PATHS)]
-    count = {setting.model: 0, plain: 0}
 
-    def step(forward: nn.Module) -> tuple[float, float]:
-        genotype = genotypes[count[forward] % N_PATHS]
-        count[forward] += 1
-        return setting.weight_step(forward, genotype)
+    def steps(forward: nn.Module) -> tuple[float, ...]:
+        return tuple(value for genotype in genotypes for value in setting.weight_step(forward, genotype))
 
     return Row(
-        lambda: step(setting.model),
-        lambda: step(plain),
-        setting.tokens,
+        lambda: steps(setting.model),
+        lambda: steps(plain),
+        N_PATHS * setting.tokens,
         model=setting.model,
         batch=setting.batches[0],
         choice=genotypes[0],
@@ -228,9 +225,7 @@ def _lstm(sizes: Sizes, device: torch.device, per_edge: bool) -> Row:
     genotype = load_genotype("lstm-1")
     body = covering_space(genotype).build(genotype, sizes.width)
     lstm = Setting(body, sizes.width, sizes.batch, sizes, device, tar=1e-3, **DROPOUT)
-    return Row(
-        lambda: ours.weight_step(ours.model), lambda: lstm.weight_step(lstm.model), ours.tokens, same=False
-    )
+    return Row(lambda: ours.weight_step(ours.model), lambda: lstm.weight_step(lstm.model), ours.tokens, same=False)
 
 
 ROWS: dict[str, Make] = {

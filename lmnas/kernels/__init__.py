@@ -14,6 +14,7 @@ from lmnas.kernels.dispatch import (
     recurrent_path,
     set_chunk,
     set_kernel,
+    unavailable,
 )
 from lmnas.kernels.reference import OPS, BatchNorm, Program, edges, first_edge
 
@@ -36,4 +37,5 @@ __all__ = [
     "recurrent_path",
     "set_chunk",
     "set_kernel",
+    "unavailable",
 ]

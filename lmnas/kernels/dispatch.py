@@ -60,10 +60,9 @@ def decide(seconds_of_work_ahead: Callable[[], float]) -> tuple[Decided, str]:
     Args:
         seconds_of_work_ahead: at the reference's speed; asked only where the answer matters.
     """
-    try:
-        fused.library_path()
-    except fused.Unavailable as problem:
-        return "reference", str(problem)
+    problem = unavailable()
+    if problem:
+        return "reference", problem
     if fused.is_cached():
         return "fused", "compiled already"
     seconds = seconds_of_work_ahead()
@@ -72,9 +71,18 @@ def decide(seconds_of_work_ahead: Callable[[], float]) -> tuple[Decided, str]:
     return "reference", f"about {seconds:.0f} s of work do not pay for compiling"
 
 
+def unavailable() -> str | None:
+    """Why the fused kernel cannot be had here, as far as is known before compiling; None: it can."""
+    try:
+        fused.library_path()
+    except fused.Unavailable as problem:
+        return str(problem)
+    return None
+
+
 def must_compile() -> bool:
     """Whether taking the fused kernel would compile it first."""
-    return fused.compiler() is not None and not fused.is_cached()
+    return unavailable() is None and not fused.is_cached()
 
 
 def default_chunk() -> int:

@@ -42,5 +42,6 @@ class _Held(torch.autograd.Function):
 
 def recurrent(inputs: Tensor, state: Tensor, weights: Sequence[Tensor], n_nodes: int, n_readers: int) -> Tensor:
     """(T, B, H) on `meta`; autograd holds what the fused kernel would."""
-    count = fused_elements(*inputs.shape, n_nodes, n_readers)
+    steps, batch, width = inputs.shape
+    count = fused_elements(steps, batch, width, n_nodes, n_readers)
     return _Held.apply(count, inputs, state, *weights)
