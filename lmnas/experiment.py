@@ -89,7 +89,7 @@ class Experiment:
         self._check_data()
         if set(stages) != {"report"}:
             self._settle_kernel()
-        environment_document = {**environment(self.device, self.threads), "data": self.task.data()}
+        environment_document = {**self.environment(), "data": self.task.data()}
         write_json(self.run.path / "environment.json", environment_document)
         self.run.note("start", stages=list(stages), environment=environment_document)
         with self._executor(), self._signals():
@@ -99,6 +99,11 @@ class Experiment:
                 self.display.message(f"{stage}: done in {seconds_text(time.monotonic() - began)}")
         self.run.note("finished", stages=list(stages))
         return self.run.results()
+
+    def environment(self) -> dict[str, Any]:
+        """What this run's results depend on besides the recipe; the kernel is the one that the run keeps."""
+        found, pin = environment(self.device, self.threads), read_pin(self.run.path)
+        return found if pin is None else {**found, "kernel": pin.kernel}
 
     def _settle_kernel(self) -> None:
         """Take the kernel that this run keeps, or decide and pin it; compile it before any worker starts.
@@ -454,7 +459,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "name": recipe.name,
         "objective": {"name": objective.name, "unit": objective.unit, "direction": objective.direction},
         "data": task.data(),
-        "environment": environment(experiment.device, experiment.threads),
+        "environment": experiment.environment(),
         "seed": recipe.seed,
         "candidates": _candidates(experiment),
         "scores": [],
