@@ -121,14 +121,15 @@ class Experiment:
                 self.display.message("compiling the fused kernel, about 15 s, once")
             pin.apply()
         except UserError as problem:
+            cause = problem.__cause__ or problem
             if before is not None and before.kernel == pin.kernel:
                 raise UserError(
-                    f"run {self.run.path} began with the fused kernel, which cannot be had now ({problem}); "
+                    f"run {self.run.path} began with the fused kernel, which cannot be had now ({cause}); "
                     f"--kernel reference continues it with the plain kernel, whose sums differ in the last digits"
                 ) from None
             if asked != "auto":
                 raise
-            fell_back = str(problem)
+            fell_back = str(cause)
             pin = Pin("reference", fell_back, pin.chunk)
             pin.apply()
         if before is None and asked == "auto" and self.device.type == "cpu":
