@@ -12,6 +12,7 @@ from lmnas.config import Recipe, load_recipe
 from lmnas.experiment import Experiment
 from lmnas.genotype import Genotype, load_genotype
 from lmnas.jobs import load_model, open_device, open_task
+from lmnas.plan import plan
 from lmnas.preflight import preflight
 from lmnas.progress import Display
 from lmnas.protocols import Task
@@ -83,8 +84,9 @@ def search(
     if data is not None:
         given["task.data"] = str(data)
     checked = load_recipe(recipe, given)
-    preflight(checked)
     path = Path(run) if run is not None else Path("runs") / checked.name
+    preflight(checked)
+    plan(checked, path)
     with Run(path, checked) as opened, Display(quiet) as display:
         results = Experiment(opened, display).run_stages()
     return FinishedRun(path, checked, results)

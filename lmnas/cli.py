@@ -14,6 +14,7 @@ import yaml
 
 import lmnas
 from lmnas import registry
+from lmnas.bench import BENCHES, open_bench
 from lmnas.errors import Interrupted, UserError
 
 STAGE_COMMANDS = {
@@ -46,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--run", type=Path, help="the run directory (default: runs/RECIPE)")
     search.add_argument("--data", help="a corpus name, a text file or a folder with train, valid and test files")
     search.add_argument("--genotype", help="train this genotype (file or name) instead of searching for one")
+    search.add_argument(
+        "--kernel", help="what runs the recurrent cell on a CPU: auto, fused or reference (default: as the run began)"
+    )
     search.epilog = "Any value of the recipe may be given by its dotted name: --train.seeds 5 --strategy random"
 
     for name, text in STAGE_COMMANDS.items():
@@ -62,7 +66,25 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--width", type=int, help="count the parameters of a language model of this width")
     show.add_argument("--vocabulary", type=int, help="words of that language model")
     show.add_argument("--out", type=Path, help="where the pictures go (default: the current folder)")
+
+    bench = command("bench", "measure this machine: speed, memory, overhead")
+    bench.add_argument("name", help=f"one of {', '.join(BENCHES)}; `lmnas bench NAME --help` lists its options")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="the bench's options")
     return top
+
+
+def bench_parser(name: str) -> argparse.ArgumentParser:
+    """The options of one bench; the top parser leaves them alone, since its modules are imported only when asked for.
+
+    Raises:
+        UserError: unknown bench.
+    """
+    module = open_bench(name)
+    options = Parser(prog=f"lmnas bench {name}", description=f"{module.HELP[0].upper()}{module.HELP[1:]}.")
+    options.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    options.add_argument("--out", type=Path, help="draw pictures into this folder (default: none are drawn)")
+    module.add_arguments(options)
+    return options
 
 
 def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
@@ -118,7 +140,7 @@ def _search(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from lmnas.config import load_recipe
 
     overrides = parse_overrides(rest)
-    for option, dotted in (("data", "task.data"), ("genotype", "genotype")):
+    for option, dotted in (("data", "task.data"), ("genotype", "genotype"), ("kernel", "execution.kernel")):
         given = getattr(options, option)
         if given is not None and dotted in overrides:
             raise UserError(f"--{option} and --{dotted}: give one of them")
@@ -134,6 +156,7 @@ def _stage(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | None) -> int:
     from lmnas.experiment import STAGES, Experiment
+    from lmnas.plan import plan
     from lmnas.preflight import preflight
     from lmnas.progress import Display
     from lmnas.protocols import Objective
@@ -142,6 +165,7 @@ def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | N
 
     if recipe is not None:
         preflight(recipe)  # before there is a run directory
+        plan(recipe, path)
     with Run(path, recipe) as run, Display() as display:
         experiment = Experiment(run, display)
         stages = STAGES if stage is None else tuple(dict.fromkeys((stage, "report")))
@@ -195,11 +219,31 @@ def _show(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    inner = bench_parser(options.name).parse_args(options.rest)
+    inner.json |= options.json
+    if inner.out is not None:
+        try:
+            inner.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {inner.out}: pictures cannot be written ({error.strerror})") from None
+    module = open_bench(options.name)
+    document = module.run(inner, lambda line: print(line, file=sys.stderr, flush=True))
+    lines = [] if inner.json else [module.text(document)]
+    if inner.out is not None:
+        pictures = [str(path) for path in module.pictures(document, inner.out)]
+        document = {**document, "pictures": pictures}
+        lines.append(f"pictures: {', '.join(pictures)}")
+    say(inner, document, "\n".join(lines))
+    return 0
+
+
 COMMANDS = {
     "search": _search,
     **dict.fromkeys(STAGE_COMMANDS, _stage),
     "list": _list,
     "show": _show,
+    "bench": _bench,
 }
 
 if __name__ == "__main__":

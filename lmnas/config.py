@@ -89,8 +89,9 @@ class Execution:
     """`auto`: a GPU if there is one; else `cpu`, `cuda`, `cuda:1`."""
     workers: Positive = 1
     """Jobs run side by side, each in a process of its own. Results do not depend on it."""
-    kernel: Literal["reference", "fused"] = "reference"
-    """What runs the recurrent cell on a CPU: plain PyTorch, or compiled C++ (needs a compiler; 30 s, once)."""
+    kernel: Literal["auto", "reference", "fused"] = "auto"
+    """What runs the recurrent cell on a CPU: plain PyTorch (`reference`), or compiled C++ (`fused`, needs a compiler;
+    15 s, once). `auto` decides when a run begins, and the run keeps it."""
     threads: Positive | None = None
     """CPU threads of each job; default: the machine's cores shared among the workers, at most four."""
 

@@ -38,6 +38,9 @@ from lmnas.jobs import (
     open_strategy,
     open_task,
 )
+from lmnas.kernels import must_compile, unavailable
+from lmnas.pin import FILE, Pin, read_pin, write_pin
+from lmnas.plan import plan
 from lmnas.preflight import given_genotype, preflight
 from lmnas.progress import Display, seconds_text
 from lmnas.protocols import Space, Strategy, Trial
@@ -84,7 +87,9 @@ class Experiment:
             Interrupted: the user asked to stop; everything is saved.
         """
         self._check_data()
-        environment_document = {**environment(self.device, self.threads), "data": self.task.data()}
+        if set(stages) != {"report"}:
+            self._settle_kernel()
+        environment_document = {**self.environment(), "data": self.task.data()}
         write_json(self.run.path / "environment.json", environment_document)
         self.run.note("start", stages=list(stages), environment=environment_document)
         with self._executor(), self._signals():
@@ -94,6 +99,49 @@ class Experiment:
                 self.display.message(f"{stage}: done in {seconds_text(time.monotonic() - began)}")
         self.run.note("finished", stages=list(stages))
         return self.run.results()
+
+    def environment(self) -> dict[str, Any]:
+        """What this run's results depend on besides the recipe; the kernel is the one that the run keeps."""
+        found, pin = environment(self.device, self.threads), read_pin(self.run.path)
+        return found if pin is None else {**found, "kernel": pin.kernel}
+
+    def _settle_kernel(self) -> None:
+        """Take the kernel that this run keeps, or decide and pin it; compile it before any worker starts.
+
+        Raises:
+            UserError: it cannot be had, or memory does not suffice.
+        """
+        before, asked = read_pin(self.run.path), self.run.asked_kernel
+        pin = plan(self.recipe, self.run.path, asked)
+        if before is not None and before.kernel != pin.kernel:
+            self._incident(f"kernel: {before.kernel} until now, {pin.kernel} from here on; last digits may differ")
+        fell_back = None
+        try:
+            if pin.kernel == "fused" and must_compile():
+                self.display.message("compiling the fused kernel, about 15 s, once")
+            pin.apply()
+        except UserError as problem:
+            cause = problem.__cause__ or problem
+            if before is not None and before.kernel == pin.kernel:
+                raise UserError(
+                    f"run {self.run.path} began with the fused kernel, which cannot be had now ({cause}); "
+                    f"--kernel reference continues it with the plain kernel, whose sums differ in the last digits"
+                ) from None
+            if asked != "auto":
+                raise
+            fell_back = str(cause)
+            pin = Pin("reference", fell_back, pin.chunk)
+            pin.apply()
+        if before is None and asked == "auto" and self.device.type == "cpu":
+            fell_back = fell_back or unavailable()
+        if fell_back:
+            self._incident(f"kernel: the plain one runs, which is slower: {fell_back}")
+        if pin != before or not (self.run.path / FILE).is_file():
+            write_pin(self.run.path, pin)
+
+    def _incident(self, message: str) -> None:
+        self.run.note("incident", job="driver", message=message)
+        self.display.message(message)
 
     def _check_data(self) -> None:
         """A run belongs to one text: scores on another must not mix with it."""
@@ -412,7 +460,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "name": recipe.name,
         "objective": {"name": objective.name, "unit": objective.unit, "direction": objective.direction},
         "data": task.data(),
-        "environment": environment(experiment.device, experiment.threads),
+        "environment": experiment.environment(),
         "seed": recipe.seed,
         "candidates": _candidates(experiment),
         "scores": [],

@@ -25,7 +25,7 @@ from lmnas.errors import Diverged, UserError
 from lmnas.files import PREPARED, digest
 from lmnas.genotype import Genotype
 from lmnas.job import Job, read_result, read_spec
-from lmnas.kernels import set_kernel
+from lmnas.pin import read_pin
 from lmnas.protocols import Estimator, Space, Strategy, Task
 from lmnas.train import Training, fit, initialise, n_parameters
 
@@ -225,7 +225,9 @@ def run_job(
         job.write_spec(spec)
         recipe = load_recipe(str(run / "recipe.yaml"))
         # as the run began: the kernels' sums differ in order, and a continued run must not change its bits
-        set_kernel(recipe.execution.kernel)
+        pin = read_pin(run)
+        if pin is not None:
+            pin.apply()
         arguments = {key: value for key, value in spec.items() if key != "kind"}
         try:
             result = {"status": "ok", **KINDS[spec["kind"]](run, recipe, job, open_device(device), **arguments)}

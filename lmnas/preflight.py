@@ -12,7 +12,6 @@ from lmnas.config import Recipe
 from lmnas.errors import UserError
 from lmnas.genotype import Genotype, load_genotype
 from lmnas.jobs import count_parameters, covering_space, open_device, open_space, open_strategy, open_task
-from lmnas.kernels import set_kernel
 from lmnas.protocols import Space, Task
 from lmnas.seeds import rng
 from lmnas.train import n_parameters
@@ -26,7 +25,6 @@ def preflight(recipe: Recipe) -> None:
     """
     if open_device(recipe.execution.device).type == "meta":
         raise UserError("execution.device 'meta': tensors there hold no numbers; `auto` takes what there is")
-    set_kernel(recipe.execution.kernel)
     task, space = open_task(recipe, fresh=True), open_space(recipe)
     given = given_genotype(recipe, space)
     training = recipe.train.training

@@ -200,7 +200,12 @@ class Strategy(Protocol):
 
 
 class SharingStrategy(Strategy, Protocol):
-    """A strategy that can steer the training of shared weights."""
+    """A strategy that can steer the training of shared weights.
+
+    Forecasts read two more attributes of one that learns by gradient, where it has them: `learn_passes`, how many
+    forward and backward passes one `learn` takes (default 1), and `weight_copies`, how many copies of the weights it
+    holds at once (default 0).
+    """
 
     rewards_per_round: int
     """Proposals to ask for, score on one batch and tell after each pass over the training data; 0: none."""
@@ -285,7 +290,9 @@ class Model(Protocol):
 class Task(Protocol):
     """Data, head, loss and metric. Its `__init__` takes the recipe's settings by keyword.
 
-    A task wraps a searched body; `Model` and `Batches` are dataclasses of settings that recipes fill in.
+    A task wraps a searched body; `Model` and `Batches` are dataclasses of settings that recipes fill in. A task whose
+    batches differ in size may have `largest_batch(settings) -> Batch`, from which forecasts of memory are made; without
+    it they take the first one.
     """
 
     name: str

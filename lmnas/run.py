@@ -2,7 +2,8 @@
 
 recipe.yaml       the resolved recipe             jobs/<job>/      checkpoints, events, result of each job
 environment.json  versions, device, data          study.db         the trials (Optuna, SQLite)
-incidents.jsonl    starts, stops, incidents        genotype.json, model.safetensors, results.json, report.html
+incidents.jsonl   starts, stops, incidents        genotype.json, model.safetensors, results.json, report.html
+kernel.json       which kernel the run keeps
 """
 
 import contextlib
@@ -50,6 +51,8 @@ class Run:
 
     def __init__(self, path: Path, recipe: Recipe | None = None):
         self.path = path
+        self.asked_kernel = "auto" if recipe is None else recipe.execution.kernel
+        """The kernel that this start asks for; the one pinned in the directory stays unless another one is named."""
         if recipe is None and not (path / "recipe.yaml").is_file():
             raise UserError(f"run {path}: no run there (recipe.yaml is missing); start one with `lmnas search`")
         if recipe is not None and path.is_dir() and not (path / "recipe.yaml").is_file():

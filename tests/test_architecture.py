@@ -31,12 +31,17 @@ ALLOWED = {
     "verdict": VALUES,
     "report": VALUES | {"files", "verdict"},
     "progress": set(),
+    "forecast": VALUES | {"kernels"},
+    "pin": {"errors", "files", "kernels"},
     "config": {"errors", "registry", "train"},
-    "jobs": VALUES | {"config", "files", "job", "kernels", "registry", "train"},
+    "jobs": VALUES | {"config", "files", "job", "kernels", "pin", "registry", "train"},
     "executors": {"errors", "jobs"},
+    "bench": VALUES
+    | {"estimators", "forecast", "job", "jobs", "kernels", "registry", "report", "spaces", "strategies", "tasks"}
+    | {"train"},
 }
 """Part -> the other parts that it may import. Parts that are not here (the driver, the command line) stand on top."""
-ON_TOP = {"__init__", "api", "cli", "experiment", "preflight", "run", "show"}
+ON_TOP = {"__init__", "api", "cli", "experiment", "plan", "preflight", "run", "show"}
 BANNED = {"torchvision", "torchaudio", "pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 BANNED_CALLS = {
     "eval",

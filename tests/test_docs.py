@@ -10,7 +10,7 @@ import yaml
 
 import lmnas
 import lmnas.config
-from lmnas.cli import main, parse_overrides, parser
+from lmnas.cli import bench_parser, main, parse_overrides, parser
 from lmnas.config import load_recipe
 from lmnas.genotype import load_genotype
 
@@ -40,7 +40,7 @@ COMMANDS = list(commands())
 
 def test_there_are_commands_to_check():
     given = [command.values[0] for command in COMMANDS]
-    assert {words[0] for words in given} >= {"search", "list", "show", "test"}
+    assert {words[0] for words in given} >= {"search", "list", "show", "test", "bench"}
 
 
 @pytest.mark.parametrize("words", COMMANDS)
@@ -58,6 +58,8 @@ def test_commands_are_right(words, tmp_path, monkeypatch, capsys):
             overrides["genotype"] = options.genotype
             load_genotype(options.genotype)
         assert load_recipe(options.recipe, overrides).name
+    elif words[0] == "bench":
+        bench_parser(options.name).parse_args(options.rest)
     else:
         assert not rest
 

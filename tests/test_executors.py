@@ -44,7 +44,7 @@ def recipe(data, workers):
         estimator={"name": "standalone", "training": tiny.training(epochs=4, checkpoint_steps=10)},
         search={"seeds": 1, "candidates": 2, "batch": 2},
         select={"keep": 1},
-        execution={"device": "cpu", "workers": workers, "threads": 1},
+        execution={"device": "cpu", "workers": workers, "threads": 1, "kernel": "reference"},
     )
     document["train"]["training"]["epochs"] = 8
     return document

@@ -36,6 +36,7 @@ def recipe(data: str | Path, **changes: Any) -> dict[str, Any]:
         "select": {"keep": 2, "epochs": 1, "seeds": 1},
         "train": {"seeds": 2, "training": training()},
         "baselines": {"random": {"source": "random"}, "lstm": {"source": "lstm-1"}},
-        "execution": {"device": "cpu", "workers": 1, "threads": 1},
+        # `auto` would depend on what this machine has compiled
+        "execution": {"device": "cpu", "workers": 1, "threads": 1, "kernel": "reference"},
         **changes,
     }

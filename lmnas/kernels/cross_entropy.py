@@ -1,8 +1,8 @@
 """Linear layer, softmax and cross-entropy in one operation that never holds all logits.
 
 The plain formulation stores (N, V) logits several times over; here a chunk of rows at a time goes through the softmax,
-and the gradients are made in the same pass, so backward only scales them. Where the fused kernel is in use, a chunk is
-one product, one pass and two products in C++ (`csrc/cross_entropy.cpp`). PyTorch 2.13 has a chunked
+and the gradients are made in the same pass, so backward only scales them. The fused kernel does the same in C++
+(`csrc/cross_entropy.cpp`). PyTorch 2.13 has a chunked
 `linear_cross_entropy` of its own, which older versions lack.
 
 Shapes: N predictions, H width, V classes.
@@ -11,9 +11,6 @@ Shapes: N predictions, H width, V classes.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from lmnas.kernels import fused
-from lmnas.kernels.dispatch import kernel_in_use
 
 CHUNK_ELEMENTS = 5_000_000
 """Logits held at once: about the size of a processor's cache."""
@@ -42,36 +39,19 @@ def linear_cross_entropy(
     """
     if not torch.is_grad_enabled():  # autograd would tell `forward` that gradients are needed all the same
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    compiled = kernel_in_use() == "fused" and fused.takes_plain(hidden, weight, *([] if bias is None else [bias]))
-    function = _Fused if compiled else _Chunked
-    return function.apply(hidden, weight, bias, targets, ignore)
+    return _Chunked.apply(hidden, weight, bias, targets, ignore)
 
 
 def chunk_rows(n_classes: int) -> int:
+    """Predictions whose logits are held at once."""
     return max(1, CHUNK_ELEMENTS // n_classes)
 
 
-def _scaled(context, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def scaled(context, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients that forward made, times that of the loss, which mostly is exactly one."""
     if gradient.device.type == "cpu" and gradient.item() == 1.0:
         return (*context.saved_tensors, None, None)
     return (*(None if d is None else d * gradient for d in context.saved_tensors), None, None)
-
-
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int) -> Tensor:
-        wants = context.needs_input_grad[:3]
-        loss, *gradients = torch.ops.lmnas.linear_cross_entropy(
-            hidden, weight, bias, targets, ignore, chunk_rows(len(weight)), wants[0], wants[1], wants[2]
-        )
-        context.save_for_backward(*gradients)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(context, gradient: Tensor):
-        return _scaled(context, gradient)
 
 
 class _Chunked(torch.autograd.Function):
@@ -112,4 +92,4 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(context, gradient: Tensor):
-        return _scaled(context, gradient)
+        return scaled(context, gradient)

@@ -1,72 +1,103 @@
-"""Which kernel runs the recurrent cell: the plain reference or the fused one, decided once per process.
+"""Which kernel runs the recurrent cell and the softmax layer: the plain reference or the fused one.
 
-`auto` takes the fused one where it is compiled already, or where `prepare` was told of enough work ahead for compiling
-to pay; else the reference. The default is the reference: both are exact, but their sums differ in order, so a run that
-is continued must not change from one to the other.
+`auto` takes the fused one where it is compiled already, or where enough work is ahead for compiling to pay; else the
+reference. A process begins with the reference: both are exact, but their sums differ in order, so a run that is
+continued must not change from one to the other; it asks `decide` once and keeps the answer.
 """
 
-import logging
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 from torch import Tensor
 
 from lmnas.errors import UserError, nearest
-from lmnas.kernels import fused, gemm, reference
+from lmnas.kernels import cross_entropy, fused, planned, reference
 from lmnas.kernels.reference import BatchNorm, Program
 
 Kernel = Literal["auto", "reference", "fused"]
+Decided = Literal["reference", "fused"]
 
-_setting: Kernel = "reference"
-_decided: bool | None = False
-"""Whether the fused kernel runs; None: not decided yet."""
+_used: Decided = "reference"
+_planned: Decided = "reference"
+"""Whose memory tensors of the `meta` device stand for."""
 
 
-def set_kernel(kernel: Kernel) -> None:
-    """Choose for this process.
+def set_kernel(kernel: Decided) -> None:
+    """Choose for this process; the fused kernel is compiled if it is not yet.
 
     Raises:
         UserError: unknown, or `fused` cannot be had.
     """
-    global _setting, _decided
-    if kernel not in get_args(Kernel):
-        raise UserError(f"kernel {kernel!r} is unknown. {nearest(kernel, get_args(Kernel))}")
+    global _used
+    if kernel not in get_args(Decided):
+        raise UserError(f"kernel {kernel!r} is unknown. {nearest(kernel, get_args(Decided))}")
     if kernel == "fused":
         try:
             fused.load()
         except fused.Unavailable as problem:
             raise UserError(f"kernel 'fused': {problem}; 'auto' falls back to the reference") from problem
-    _setting, _decided = kernel, None if kernel == "auto" else kernel == "fused"
-    gemm.allowed = kernel != "reference"
+    _used = kernel
 
 
-def prepare(seconds_of_work_ahead: float) -> None:
-    """Let `auto` compile if that pays: more work ahead, at the reference's speed, than compiling takes twice.
+def decide(seconds_of_work_ahead: Callable[[], float]) -> tuple[Decided, str]:
+    """What `auto` means here, and why, in a few words; nothing is compiled yet.
 
-    Falls back to the reference, with one message, where the fused kernel cannot be had.
+    Args:
+        seconds_of_work_ahead: at the reference's speed; asked only where the answer matters.
     """
-    global _decided
-    if _setting == "auto" and not _decided:
-        _decided = _loads(compiling=seconds_of_work_ahead > 2 * fused.COMPILE_SECONDS)
+    problem = unavailable()
+    if problem:
+        return "reference", problem
+    if fused.is_cached():
+        return "fused", "compiled already"
+    seconds = seconds_of_work_ahead()
+    if seconds > 2 * fused.COMPILE_SECONDS:
+        return "fused", f"about {seconds:.0f} s of work at the plain kernel's speed pay for compiling"
+    return "reference", f"about {seconds:.0f} s of work do not pay for compiling"
 
 
-def _loads(compiling: bool) -> bool:
-    if not (compiling or fused.is_cached()):
-        return False
+def unavailable() -> str | None:
+    """Why the fused kernel cannot be had here, as far as is known before compiling; None: it can."""
     try:
-        fused.load()
+        fused.library_path()
     except fused.Unavailable as problem:
-        logging.getLogger("lmnas").warning("kernel: the plain reference runs, which is slower: %s", problem)
-        return False
-    return True
+        return str(problem)
+    return None
 
 
-def kernel_in_use() -> Literal["reference", "fused"]:
-    """What runs the recurrent cell on the CPU in float32 and float64; other devices and types run the reference."""
-    global _decided
-    if _decided is None:
-        _decided = _loads(compiling=False)
-    return "fused" if _decided else "reference"
+def must_compile() -> bool:
+    """Whether taking the fused kernel would compile it first."""
+    return unavailable() is None and not fused.is_cached()
+
+
+def default_chunk() -> int:
+    """Logits that the loss holds at once unless told otherwise."""
+    return _DEFAULT_CHUNK
+
+
+_DEFAULT_CHUNK = cross_entropy.CHUNK_ELEMENTS
+
+
+def set_chunk(elements: int) -> None:
+    """How many logits the loss holds at once. Its sums depend on it in their last digits."""
+    cross_entropy.CHUNK_ELEMENTS = elements
+
+
+@contextlib.contextmanager
+def planning(kernel: Decided) -> Iterator[None]:
+    """Inside, tensors of the `meta` device stand for what `kernel` would hold."""
+    global _planned
+    before, _planned = _planned, kernel
+    try:
+        yield
+    finally:
+        _planned = before
+
+
+def kernel_in_use() -> Decided:
+    """What runs on the CPU in float32 and float64; other devices and types run the reference."""
+    return _used
 
 
 def recurrent_path(
@@ -80,6 +111,8 @@ def recurrent_path(
     batch_norm: BatchNorm = "none",
 ) -> Tensor:
     """`reference.recurrent_path` by the kernel in use."""
+    if inputs.device.type == "meta" and _planned == "fused":
+        return planned.recurrent(inputs, state, (w_input, *w_nodes), len(program.inputs), len(program.inputs))
     chosen = fused if _fused_takes(inputs, state, (w_input, *w_nodes), mask_x, mask_h) else reference
     return chosen.recurrent_path(inputs, state, w_input, w_nodes, program, mask_x, mask_h, batch_norm)
 
@@ -98,6 +131,8 @@ def recurrent_mixture(
 ) -> Tensor:
     """`reference.recurrent_mixture` by the kernel in use."""
     weights = (w_input, *w_nodes, p_input, p_edges, output_weights)
+    if inputs.device.type == "meta" and _planned == "fused":
+        return planned.recurrent(inputs, state, weights, len(output_weights) - 1, len(p_edges))
     chosen = fused if _fused_takes(inputs, state, weights, mask_x, mask_h) else reference
     return chosen.recurrent_mixture(
         inputs, state, w_input, w_nodes, p_input, p_edges, output_weights, mask_x, mask_h, batch_norm
@@ -107,4 +142,13 @@ def recurrent_mixture(
 def _fused_takes(
     inputs: Tensor, state: Tensor, weights: Sequence[Tensor], mask_x: Tensor | None, mask_h: Tensor | None
 ) -> bool:
-    return kernel_in_use() == "fused" and fused.takes(inputs, state, weights, mask_x, mask_h)
+    return _used == "fused" and fused.takes(inputs, state, weights, mask_x, mask_h)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int = -100
+) -> Tensor:
+    """`cross_entropy.linear_cross_entropy` by the kernel in use."""
+    takes = _used == "fused" and fused.takes_plain(hidden, weight, *([] if bias is None else [bias]))
+    chosen = fused if takes else cross_entropy
+    return chosen.linear_cross_entropy(hidden, weight, bias, targets, ignore)

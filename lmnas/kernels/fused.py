@@ -1,4 +1,4 @@
-"""The recurrent cell's fast CPU path: `recurrent.cpp` behind the signatures of `reference`.
+"""The fast CPU path of the recurrent cell and of the softmax layer: C++ behind the signatures of the plain ones.
 
 The extension is compiled once and kept in the user's cache directory, by source, compiler, PyTorch and processor.
 It is compiled here and not by `torch.utils.cpp_extension`, which needs ninja and Python's headers; it needs neither.
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lmnas.kernels.cross_entropy import chunk_rows, scaled
 from lmnas.kernels.reference import BatchNorm, Program
 
 SOURCES = sorted((Path(__file__).parent / "csrc").glob("*.cpp"))
@@ -218,3 +219,27 @@ def recurrent_mixture(
     """`reference.recurrent_mixture`, differentiable once."""
     tensors = (inputs, state, w_input, p_input, p_edges, output_weights, *w_nodes)
     return _run(([], [], batch_norm), mask_x, mask_h, *tensors)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int) -> Tensor:
+        chunk, wants = chunk_rows(len(weight)), context.needs_input_grad[:3]
+        loss, *gradients = torch.ops.lmnas.linear_cross_entropy(hidden, weight, bias, targets, ignore, chunk, *wants)
+        context.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, gradient: Tensor):
+        return scaled(context, gradient)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int = -100
+) -> Tensor:
+    """`cross_entropy.linear_cross_entropy`, differentiable once."""
+    load()
+    if not torch.is_grad_enabled():
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore)

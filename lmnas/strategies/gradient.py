@@ -27,6 +27,10 @@ from lmnas.seeds import generator
 
 Alphas = dict[str, Tensor]
 
+LOOK_AHEAD_COPIES = 5
+"""Of the weights, held at once by a second-order step: gradient of the training loss, weights ahead, their gradient,
+its clipped form, and weights moved along it."""
+
 
 class Gradient:
     """Proposes the one architecture that its learned mixture stands for."""
@@ -61,6 +65,9 @@ class Gradient:
             raise UserError(f"strategy 'gradient' needs a space with a relaxation; space {space.name!r} has none")
         self.space = space
         self.order = order
+        # forward and backward each: one loss; or two gradients and the two ends of the finite difference
+        self.learn_passes = 1 if order == 1 else 4
+        self.weight_copies = 0 if order == 1 else LOOK_AHEAD_COPIES
         self.epsilon = epsilon
         noise = generator(seed, "alpha")
         self.alphas: Alphas = {

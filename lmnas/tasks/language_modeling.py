@@ -27,6 +27,8 @@ from lmnas.seeds import rng
 from lmnas.tasks.corpora import Corpus, open_corpus
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
+LONGEST_OVER_BASE = 20
+"""Tokens by which a segment of random length may exceed its base."""
 
 EVALUATION_TOKENS = 1024
 """Tokens of a segment in evaluation: no gradient runs through time there, and long segments are faster."""
@@ -195,7 +197,7 @@ class Segments:
         base = s.bptt / 2 if draws.random() < s.short_probability else s.bptt
         if s.length_std == 0:
             return max(1, int(base))
-        return min(max(5, int(draws.gauss(base, s.length_std))), s.bptt + 20)
+        return min(max(5, int(draws.gauss(base, s.length_std))), s.bptt + LONGEST_OVER_BASE)
 
     def next(self) -> Batch:
         if self.position == 0:
@@ -271,6 +273,12 @@ class LanguageModeling:
         if split == "train":
             tokens = tokens[: settings.max_train_tokens]
         return Segments(tokens, settings, seed, split)
+
+    def largest_batch(self, settings: BatchSettings) -> Batch:
+        """The longest segment that `Segments` draws, of zeros: what memory must suffice for."""
+        length = settings.bptt + (LONGEST_OVER_BASE if settings.length_std > 0 else 0)
+        tokens = torch.zeros(length, settings.batch_size, dtype=torch.long)
+        return Batch(tokens, tokens)
 
     def value(self, nats: float) -> float:
         """The metric of a mean negative log-likelihood."""

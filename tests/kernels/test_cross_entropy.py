@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lmnas.kernels import cross_entropy, dispatch, fused
-from lmnas.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from lmnas.kernels.cross_entropy import linear_cross_entropy_reference
+from lmnas.kernels.dispatch import linear_cross_entropy
 
 
 @pytest.fixture(params=[False, True], ids=["reference", "fused"], autouse=True)
@@ -15,7 +16,7 @@ def kernel(request, monkeypatch):
             fused.load()
         except fused.Unavailable as problem:
             pytest.skip(f"no fused kernel: {problem}")
-    monkeypatch.setattr(dispatch, "_decided", request.param)
+    monkeypatch.setattr(dispatch, "_used", "fused" if request.param else "reference")
     return request.param
 
 

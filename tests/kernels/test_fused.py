@@ -1,7 +1,6 @@
 """The fused recurrent cell equals the reference, values and all gradients, and falls back where it must."""
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from lmnas.files import read_events
 from lmnas.genotype import load_genotype
 from lmnas.job import Job
 from lmnas.jobs import covering_space
-from lmnas.kernels import Program, dispatch, edges, fused, gemm, kernel_in_use, reference, set_kernel
-from lmnas.kernels.dispatch import prepare
+from lmnas.kernels import Program, decide, dispatch, edges, fused, reference, set_kernel
 from lmnas.ops.dropout import draw_mask
 from lmnas.protocols import LearnStep
 from lmnas.registry import component
@@ -37,9 +35,7 @@ def compiled():
 @pytest.fixture
 def restored(monkeypatch):
     """The choice of kernel as it was, after the test."""
-    monkeypatch.setattr(dispatch, "_setting", dispatch._setting)
-    monkeypatch.setattr(dispatch, "_decided", dispatch._decided)
-    monkeypatch.setattr(gemm, "allowed", gemm.allowed)
+    monkeypatch.setattr(dispatch, "_used", dispatch._used)
 
 
 class Problem:
@@ -341,50 +337,23 @@ def test_unknown_kernel():
         set_kernel("fusd")
 
 
-def test_without_a_compiler(monkeypatch, restored, caplog, tmp_path):
-    """`auto` falls back and says so once; `fused` is refused."""
+def test_without_a_compiler(monkeypatch, restored):
+    """`auto` falls back and says why; `fused` is refused."""
     monkeypatch.setattr(fused, "compiler", lambda: None)
     monkeypatch.setattr(fused, "load", fused.load.__wrapped__)
     fused.library_path.cache_clear()
     try:
-        set_kernel("auto")
-        with caplog.at_level(logging.WARNING, "lmnas"):
-            prepare(3600.0)
-        assert [r.getMessage() for r in caplog.records] == [
-            "kernel: the plain reference runs, which is slower: no C++ compiler found (CXX, c++, g++, clang++)"
-        ]
-        assert kernel_in_use() == "reference"
+        assert decide(lambda: 3600.0) == ("reference", "no C++ compiler found (CXX, c++, g++, clang++)")
         with pytest.raises(UserError, match="no C\\+\\+ compiler"):
             set_kernel("fused")
     finally:
         fused.library_path.cache_clear()
 
 
-def test_auto_compiles_only_if_that_pays(monkeypatch, restored):
-    calls = []
+def test_auto_compiles_only_if_that_pays(monkeypatch):
     monkeypatch.setattr(fused, "is_cached", lambda: False)
-    monkeypatch.setattr(fused, "load", lambda: calls.append(1))
-    set_kernel("auto")
-    prepare(10.0)
-    assert (kernel_in_use(), calls) == ("reference", [])
-    set_kernel("auto")
-    prepare(1000.0)
-    assert (kernel_in_use(), calls) == ("fused", [1])
-
-
-def test_fast_products_are_exact_and_leave_no_trace(monkeypatch):
-    monkeypatch.setattr(gemm, "allowed", True)
-    assert gemm.route() in ("default", "onednn")
-    a, b = torch.randn(64, 300), torch.randn(300, 500)
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    with gemm.fast_products(a, 1e9):
-        assert gemm._error(a, b) < gemm.MAX_ERROR
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
-
-
-def test_a_route_that_rounds_is_not_taken(monkeypatch):
-    monkeypatch.setattr(gemm, "_error", lambda a, b: 3e-3)
-    assert gemm.route.__wrapped__() == "default"
+    assert decide(lambda: 10.0)[0] == "reference"
+    assert decide(lambda: 1000.0)[0] == "fused"
 
 
 @pytest.mark.slow

@@ -1,0 +1,28 @@
+"""What `lmnas bench NAME` measures. A newcomer is one file and one line in `BENCHES`.
+
+The contract of a bench's module is `lmnas.bench.contract.Bench`.
+"""
+
+import importlib
+from typing import cast
+
+from lmnas.bench.contract import Bench
+from lmnas.errors import UserError, nearest
+
+BENCHES: dict[str, str] = {
+    "cell": "lmnas.bench.cell",
+    "memory": "lmnas.bench.memory",
+    "overhead": "lmnas.bench.overhead",
+}
+"""Name -> module, imported when it is asked for."""
+
+
+def open_bench(name: str) -> Bench:
+    """The bench's module.
+
+    Raises:
+        UserError: unknown; offers the nearest name.
+    """
+    if name not in BENCHES:
+        raise UserError(f"bench {name!r} is unknown. " + nearest(name, BENCHES))
+    return cast(Bench, importlib.import_module(BENCHES[name]))
