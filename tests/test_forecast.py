@@ -362,15 +362,12 @@ def test_under_a_limit_of_four_gib_a_small_run_ends_well(tmp_path, document):
 
 
 @pytest.mark.slow
-def test_under_a_limit_of_four_gib_what_is_admitted_does_not_die(tmp_path, document):
-    """The largest width of a few that is not refused trains to the end."""
+@pytest.mark.parametrize("width, code", [(2400, 2), (1000, 0)])
+def test_under_a_limit_of_four_gib_what_is_admitted_does_not_die(tmp_path, document, width, code):
+    """A model of 80 MB of weights trains to the end; one of 460 MB is refused."""
     document = {**document, "baselines": {}, "genotype": "darts-v2", "space": {"name": "recurrent-cell"}}
     document["train"] = {"seeds": 1, "training": tiny.training(batches={"batch_size": 16, "bptt": 20})}
-    for width in (2400, 1800, 1300, 900, 600):
-        document["train"]["training"]["model"]["width"] = width
-        code, message = limited(tmp_path, document)
-        assert code in (0, 2), message
-        if code == 0:
-            return
-        assert "needs about" in message
-    pytest.fail("all widths were refused")
+    document["train"]["training"]["model"]["width"] = width
+    ended, message = limited(tmp_path, document)
+    assert ended == code, message
+    assert code == 0 or "needs about" in message
