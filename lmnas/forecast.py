@@ -116,7 +116,8 @@ def step_forecast(
     kept, used = kept_bytes(model, batch, choice, kernel)
     return Forecast(
         weights=weights,
-        gradients=used + largest,
+        # autograd sums the plain kernel's over the time steps before they reach the weights
+        gradients=(2 if kernel == "reference" else 1) * used + largest,
         optimizer=weights if momentum else 0,
         kept=kept,
         logits=0,

@@ -57,11 +57,11 @@ def test_toy_operations_and_bytes():
 
 
 def test_parts_of_a_step():
-    """The largest parameter is (99, 99); 15 % on top of the parts, and the libraries' own."""
+    """V takes part, (99, 99) is the largest parameter; 15 % on top of the parts, and the libraries' own."""
     step = step_forecast(forecast.on_meta(Toy), toy_batch(), None, "reference", momentum=True, copies=2)
     weights = 4 * (128 + 64 + 9801)
-    assert step == Forecast(weights, 4 * (64 + 9801), weights, 480, 8 * default_chunk(), 2 * weights)
-    parts = 4 * weights + 4 * (64 + 9801) + 480 + 8 * 1000
+    assert step == Forecast(weights, 4 * (2 * 64 + 9801), weights, 480, 8 * default_chunk(), 2 * weights)
+    parts = 4 * weights + 4 * (2 * 64 + 9801) + 480 + 8 * 1000
     assert step.with_chunk(1000).total == int(1.15 * parts) + 64 * MIB
 
 
