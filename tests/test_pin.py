@@ -14,7 +14,7 @@ from lmnas import cli, experiment, plan
 from lmnas.config import load_recipe
 from lmnas.errors import UserError
 from lmnas.experiment import Experiment
-from lmnas.kernels import cross_entropy, default_chunk, dispatch, fused, gemm, kernel_in_use
+from lmnas.kernels import cross_entropy, default_chunk, dispatch, fused, gemm, kernel_in_use, set_chunk
 from lmnas.pin import FILE, Pin, read_pin, write_pin
 from lmnas.progress import Display
 from lmnas.run import Run
@@ -212,7 +212,7 @@ def test_every_job_follows_the_pin(text, tmp_path, monkeypatch):
 
     def spoiled(self, jobs):
         dispatch.set_kernel("fused")
-        dispatch.set_chunk(99)
+        set_chunk(99)
         for name, result in original(self, jobs):
             seen.append((kernel_in_use(), cross_entropy.CHUNK_ELEMENTS))
             yield name, result

@@ -1,18 +1,17 @@
 """Every hot operation behind one signature; `reference` defines what is right, `dispatch` chooses what runs."""
 
+from lmnas.kernels.chunks import default_chunk, set_chunk
 from lmnas.kernels.cross_entropy import linear_cross_entropy
 from lmnas.kernels.dispatch import (
     Decided,
     Kernel,
     decide,
-    default_chunk,
     kernel_in_use,
     must_compile,
     planning,
     prepare,
     recurrent_mixture,
     recurrent_path,
-    set_chunk,
     set_kernel,
     unavailable,
 )

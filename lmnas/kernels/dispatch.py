@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from lmnas.errors import UserError, nearest
-from lmnas.kernels import cross_entropy, fused, gemm, planned, reference
+from lmnas.kernels import fused, gemm, planned, reference
 from lmnas.kernels.reference import BatchNorm, Program
 
 Kernel = Literal["auto", "reference", "fused"]
@@ -83,19 +83,6 @@ def unavailable() -> str | None:
 def must_compile() -> bool:
     """Whether taking the fused kernel would compile it first."""
     return unavailable() is None and not fused.is_cached()
-
-
-def default_chunk() -> int:
-    """Logits that the loss holds at once unless told otherwise."""
-    return _DEFAULT_CHUNK
-
-
-_DEFAULT_CHUNK = cross_entropy.CHUNK_ELEMENTS
-
-
-def set_chunk(elements: int) -> None:
-    """How many logits the loss holds at once. Its sums depend on it in their last digits."""
-    cross_entropy.CHUNK_ELEMENTS = elements
 
 
 @contextlib.contextmanager
