@@ -113,8 +113,6 @@ class Experiment:
         """
         before, asked = read_pin(self.run.path), self.run.asked_kernel
         pin = plan(self.recipe, self.run.path, asked)
-        if before is not None and before.kernel != pin.kernel:
-            self._incident(f"kernel: {before.kernel} until now, {pin.kernel} from here on; last digits may differ")
         fell_back = None
         try:
             if pin.kernel == "fused" and must_compile():
@@ -132,6 +130,8 @@ class Experiment:
             fell_back = str(cause)
             pin = Pin("reference", fell_back, pin.chunk)
             pin.apply()
+        if before is not None and before.kernel != pin.kernel:
+            self._incident(f"kernel: {before.kernel} until now, {pin.kernel} from here on; last digits may differ")
         if before is None and asked == "auto" and self.device.type == "cpu":
             fell_back = fell_back or unavailable()
         if fell_back:

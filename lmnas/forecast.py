@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmnas.kernels import Decided, default_chunk, planning
+from lmnas.kernels import DEFAULT_CHUNK, Decided, planning
 from lmnas.protocols import Batch, Choice, Space, Task
 
 LIBRARIES = 64 * 2**20
@@ -116,12 +116,13 @@ def step_forecast(
     kept, used = kept_bytes(model, batch, choice, kernel)
     return Forecast(
         weights=weights,
-        gradients=used + largest,
+        # autograd sums the plain kernel's over the time steps before they reach the weights
+        gradients=(2 if kernel == "reference" else 1) * used + largest,
         optimizer=weights if momentum else 0,
         kept=kept,
         logits=0,
         copies=copies * weights,
-    ).with_chunk(default_chunk())
+    ).with_chunk(DEFAULT_CHUNK)
 
 
 def training_bytes(forecast: Forecast, *, averaged: bool, best: bool) -> int:

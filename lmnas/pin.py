@@ -14,7 +14,7 @@ import yaml
 
 from lmnas.errors import UserError
 from lmnas.files import write_json
-from lmnas.kernels import Decided, default_chunk, set_chunk, set_kernel
+from lmnas.kernels import DEFAULT_CHUNK, Decided, set_chunk, set_kernel
 
 FILE = "kernel.json"
 
@@ -64,7 +64,7 @@ def _before_pins(run: Path) -> Pin | None:
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
         kernel = (recipe.get("execution") or {}).get("kernel", "reference")
         if kernel in get_args(Decided):
-            return Pin(kernel, "as the run began", default_chunk())
+            return Pin(kernel, "as the run began", DEFAULT_CHUNK)
     return None
 
 

@@ -29,14 +29,14 @@ from lmnas.forecast import (
     training_bytes,
 )
 from lmnas.jobs import build_model, open_device, open_space, open_strategy, open_task
-from lmnas.kernels import Decided, decide, default_chunk, unavailable
+from lmnas.kernels import DEFAULT_CHUNK, Decided, decide, unavailable
 from lmnas.pin import Pin, read_pin
 from lmnas.preflight import given_genotype
 from lmnas.protocols import Batch, Choice, Space, Task
 from lmnas.seeds import rng
 from lmnas.train import Training
 
-SMALL_CHUNK = default_chunk() // 8
+SMALL_CHUNK = DEFAULT_CHUNK // 8
 """Logits held at once where memory is short."""
 BACKWARD = 2.0
 """Operations of backward, in forwards."""
@@ -56,7 +56,7 @@ def plan(recipe: Recipe, run: Path | None = None, asked: str | None = None) -> P
     before = read_pin(run) if run is not None else None
     device = open_device(recipe.execution.device)
     kernel, why = _kernel(recipe, device, before, asked)
-    chunk = fitting_chunk(recipe, device, kernel, default_chunk() if before is None else before.chunk)
+    chunk = fitting_chunk(recipe, device, kernel, DEFAULT_CHUNK if before is None else before.chunk)
     return Pin(kernel, why, chunk)
 
 

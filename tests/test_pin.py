@@ -14,7 +14,7 @@ from lmnas import cli, experiment, plan
 from lmnas.config import load_recipe
 from lmnas.errors import UserError
 from lmnas.experiment import Experiment
-from lmnas.kernels import cross_entropy, default_chunk, dispatch, fused, kernel_in_use
+from lmnas.kernels import DEFAULT_CHUNK, cross_entropy, dispatch, fused, kernel_in_use
 from lmnas.pin import FILE, Pin, read_pin, write_pin
 from lmnas.progress import Display
 from lmnas.run import Run
@@ -172,7 +172,7 @@ def test_a_run_keeps_its_kernel_whatever_auto_says_later(text, tmp_path, monkeyp
 def test_single_stages_keep_it_too(stage, text, tmp_path, compiled):
     """`recipe.yaml` holds what the first start asked for; it does not win over the pin."""
     go(tmp_path / "run", recipe(text, "reference"), SHORT)
-    write_pin(tmp_path / "run", Pin("fused", "asked for", default_chunk()))
+    write_pin(tmp_path / "run", Pin("fused", "asked for", DEFAULT_CHUNK))
     assert cli.main([stage, str(tmp_path / "run")]) == 0
     assert kernels(tmp_path / "run")[0::2] == ("fused", "fused")
 
@@ -189,7 +189,7 @@ def test_another_kernel_named_is_taken_and_noted(text, tmp_path, compiled):
 def test_a_pinned_kernel_that_is_gone_says_how_to_go_on(text, tmp_path, no_compiler):
     path = tmp_path / "run"
     go(path, recipe(text, "reference"), SHORT)
-    write_pin(path, Pin("fused", "compiled already", default_chunk()))
+    write_pin(path, Pin("fused", "compiled already", DEFAULT_CHUNK))
     with pytest.raises(UserError) as refusal:
         go(path, recipe(text, "auto"))
     assert str(refusal.value) == (
@@ -226,7 +226,7 @@ def test_runs_from_before_there_were_pins_keep_their_kernel(text, tmp_path, monk
     (tmp_path / "run" / FILE).unlink()
     monkeypatch.setattr(plan, "decide", lambda seconds: ("fused", "now it would"))
     go(tmp_path / "run", recipe(text, "auto"), SHORT)
-    assert read_pin(tmp_path / "run") == Pin("reference", "as the run began", default_chunk())
+    assert read_pin(tmp_path / "run") == Pin("reference", "as the run began", DEFAULT_CHUNK)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"kernel": "fusd", "chunk": 5}', '{"kernel": "fused", "chunk": 0}'])

@@ -1,30 +1,29 @@
 """Every hot operation behind one signature; `reference` defines what is right, `dispatch` chooses what runs."""
 
+from lmnas.kernels.cross_entropy import DEFAULT_CHUNK, set_chunk
 from lmnas.kernels.dispatch import (
     Decided,
     Kernel,
     decide,
-    default_chunk,
     kernel_in_use,
     linear_cross_entropy,
     must_compile,
     planning,
     recurrent_mixture,
     recurrent_path,
-    set_chunk,
     set_kernel,
     unavailable,
 )
 from lmnas.kernels.reference import OPS, BatchNorm, Program, edges, first_edge
 
 __all__ = [
+    "DEFAULT_CHUNK",
     "OPS",
     "BatchNorm",
     "Decided",
     "Kernel",
     "Program",
     "decide",
-    "default_chunk",
     "edges",
     "first_edge",
     "kernel_in_use",

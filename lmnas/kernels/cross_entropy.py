@@ -42,6 +42,15 @@ def linear_cross_entropy(
     return _Chunked.apply(hidden, weight, bias, targets, ignore)
 
 
+DEFAULT_CHUNK = CHUNK_ELEMENTS
+
+
+def set_chunk(elements: int) -> None:
+    """How many logits are held at once in this process. Sums depend on it in their last digits, so a run keeps it."""
+    global CHUNK_ELEMENTS
+    CHUNK_ELEMENTS = elements
+
+
 def chunk_rows(n_classes: int) -> int:
     """Predictions whose logits are held at once."""
     return max(1, CHUNK_ELEMENTS // n_classes)

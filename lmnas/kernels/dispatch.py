@@ -71,19 +71,6 @@ def must_compile() -> bool:
     return unavailable() is None and not fused.is_cached()
 
 
-def default_chunk() -> int:
-    """Logits that the loss holds at once unless told otherwise."""
-    return _DEFAULT_CHUNK
-
-
-_DEFAULT_CHUNK = cross_entropy.CHUNK_ELEMENTS
-
-
-def set_chunk(elements: int) -> None:
-    """How many logits the loss holds at once. Its sums depend on it in their last digits."""
-    cross_entropy.CHUNK_ELEMENTS = elements
-
-
 @contextlib.contextmanager
 def planning(kernel: Decided) -> Iterator[None]:
     """Inside, tensors of the `meta` device stand for what `kernel` would hold."""
