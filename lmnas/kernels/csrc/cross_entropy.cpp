@@ -95,8 +95,9 @@ std::vector<Tensor> with_gradients(
     const int64_t rows = std::min(chunk, n - begin);
     const S* h = hidden.data_ptr<S>() + begin * width;
     lmnas::multiply<S>(h, width, rows, forward, logits, classes, false);
-    at::parallel_for(0, rows, 1, [&](int64_t from, int64_t to) {
-      for (int64_t r = from; r < to; ++r) {
+    constexpr int64_t SOME = 8;
+    lmnas::each(pieces(rows, SOME), [&](int64_t some) {
+      for (int64_t r = some * SOME; r < std::min((some + 1) * SOME, rows); ++r) {
         const int64_t t = target[begin + r];
         if (t != ignore)
           losses[begin + r] = row_of<S>(logits + r * classes, biases, classes, t, share);
@@ -144,9 +145,9 @@ Tensor loss_only(
     const Panels<S> predictions = lmnas::side_by_side_transposed<S>({hidden.narrow(0, begin, rows)});
     std::vector<S> tops(strips * rows), chosen(rows);
     std::vector<double> sums(strips * rows);
-    at::parallel_for(0, strips, 1, [&](int64_t from, int64_t to) {
+    lmnas::each(strips, [&](int64_t strip) {
       std::vector<S> logits(STRIP * rows), part(rows);
-      for (int64_t strip = from; strip < to; ++strip) {
+      {
         const int64_t first = strip * STRIP, height = std::min(STRIP, classes - first);
         lmnas::multiply<S>(weight.data_ptr<S>() + first * width, width, height, predictions, logits.data(), rows, false);
         S* top = tops.data() + strip * rows;

@@ -14,6 +14,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -46,6 +47,16 @@ template <typename S>
 int64_t panel_width(int64_t columns, int64_t index) {
   const int64_t left = columns - index * TILE_COLUMNS<S>;
   return std::min(TILE_COLUMNS<S>, pieces(left, LANES<S>) * LANES<S>);
+}
+
+// run(job) for all jobs, each taken by the next free thread: others may be computing on this machine
+template <typename Run>
+void each(int64_t count, Run run) {
+  const int64_t threads = std::min<int64_t>(count, at::in_parallel_region() ? 1 : at::get_num_threads());
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t job = next++; job < count; job = next++) run(job);
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------- tiles
@@ -227,19 +238,17 @@ void multiply(
     const S* a, int64_t a_stride, int64_t rows, const Panels<S>& w, S* out, int64_t stride, bool accumulate) {
   const int64_t count = w.count(), threads = at::get_num_threads();
   int64_t height = BLOCK_ROWS;
-  while (height > 2 * TILE_ROWS && count * pieces(rows, height) < 8 * threads) height /= 2;
+  while (height > 2 * TILE_ROWS && count * pieces(rows, height) < 16 * threads) height /= 2;
   const int64_t blocks = pieces(rows, height);
-  at::parallel_for(0, count * blocks, 1, [&](int64_t from, int64_t to) {
-    for (int64_t job = from; job < to; ++job) {
-      const int64_t index = job / blocks, begin = job % blocks * height, end = std::min(begin + height, rows);
-      const int64_t width = panel_width<S>(w.columns, index), first = index * TILE_COLUMNS<S>;
-      const int64_t columns = std::min(TILE_COLUMNS<S>, w.columns - first);
-      if (!accumulate)
-        for (int64_t r = begin; r < end; ++r) std::fill_n(out + r * stride + first, columns, S(0));
-      for (int64_t k = 0; k < w.depth; k += DEPTH)
-        tiles<S>(a + k, a_stride, begin, end, w.panel(index) + k * width, width, std::min(DEPTH, w.depth - k),
-                     out + first, stride, columns);
-    }
+  each(count * blocks, [&](int64_t job) {
+    const int64_t index = job / blocks, begin = job % blocks * height, end = std::min(begin + height, rows);
+    const int64_t width = panel_width<S>(w.columns, index), first = index * TILE_COLUMNS<S>;
+    const int64_t columns = std::min(TILE_COLUMNS<S>, w.columns - first);
+    if (!accumulate)
+      for (int64_t r = begin; r < end; ++r) std::fill_n(out + r * stride + first, columns, S(0));
+    for (int64_t k = 0; k < w.depth; k += DEPTH)
+      tiles<S>(a + k, a_stride, begin, end, w.panel(index) + k * width, width, std::min(DEPTH, w.depth - k), out + first,
+               stride, columns);
   });
 }
 
@@ -291,21 +300,19 @@ void multiply_once(const LeftTiles<S>& a, const S* b, int64_t b_stride, int64_t 
   while (height > 8 * TILE_ROWS && pieces(a.rows, height) * count < 8 * threads)
     height = pieces(height / 2, TILE_ROWS) * TILE_ROWS;
   const int64_t blocks = pieces(a.rows, height);
-  at::parallel_for(0, blocks * count, 1, [&](int64_t from, int64_t to) {
+  each(blocks * count, [&](int64_t job) {
+    const int64_t index = job / blocks, begin = job % blocks * height, end = std::min(begin + height, a.rows);
+    const int64_t width = panel_width<S>(columns_all, index), first = index * TILE_COLUMNS<S>;
+    const int64_t columns = std::min(TILE_COLUMNS<S>, columns_all - first);
     std::vector<S> piece(TILE_COLUMNS<S> * (DEPTH + AHEAD));
-    for (int64_t job = from; job < to; ++job) {
-      const int64_t index = job / blocks, begin = job % blocks * height, end = std::min(begin + height, a.rows);
-      const int64_t width = panel_width<S>(columns_all, index), first = index * TILE_COLUMNS<S>;
-      const int64_t columns = std::min(TILE_COLUMNS<S>, columns_all - first);
-      if (!accumulate)
-        for (int64_t r = begin; r < end; ++r) std::fill_n(out + r * stride + first, columns, S(0));
-      for (int64_t k = 0; k < a.depth; k += DEPTH) {
-        const int64_t depth = std::min(DEPTH, a.depth - k);
-        arrange<S>(b + k * b_stride + first, b_stride, 1, depth, columns, width, piece.data());
-        for (int64_t r = begin; r < end; r += TILE_ROWS)
-          tile_of<true>(std::min(TILE_ROWS, end - r), a.storage.template data_ptr<S>() + r * a.depth + k * TILE_ROWS, 0,
-                        piece.data(), width, depth, out + r * stride + first, stride, columns);
-      }
+    if (!accumulate)
+      for (int64_t r = begin; r < end; ++r) std::fill_n(out + r * stride + first, columns, S(0));
+    for (int64_t k = 0; k < a.depth; k += DEPTH) {
+      const int64_t depth = std::min(DEPTH, a.depth - k);
+      arrange<S>(b + k * b_stride + first, b_stride, 1, depth, columns, width, piece.data());
+      for (int64_t r = begin; r < end; r += TILE_ROWS)
+        tile_of<true>(std::min(TILE_ROWS, end - r), a.storage.template data_ptr<S>() + r * a.depth + k * TILE_ROWS, 0,
+                      piece.data(), width, depth, out + r * stride + first, stride, columns);
     }
   });
 }

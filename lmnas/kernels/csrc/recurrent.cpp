@@ -203,14 +203,11 @@ struct Blocks {
   // run(block, first row, end of its rows) for all blocks
   template <typename Run>
   void over(int64_t elements, Run run) const {
-    const auto some = [&](int64_t from, int64_t to) {
-      for (int64_t block = from; block < to; ++block)
-        run(block, block * height, std::min((block + 1) * height, rows));
-    };
+    const auto one = [&](int64_t block) { run(block, block * height, std::min((block + 1) * height, rows)); };
     if (elements < SERIAL_BELOW)
-      some(0, count);
+      for (int64_t block = 0; block < count; ++block) one(block);
     else
-      at::parallel_for(0, count, 1, some);
+      lmnas::each(count, one);
   }
 
   int64_t rows, height, count;
