@@ -1,0 +1,375 @@
+"""The recurrent cell on a GPU: forward and backward of a whole segment, each one recorded CUDA graph that is replayed.
+
+Nine dependent products times 35 time steps are hundreds of kernels of a few microseconds; launched one by one, the GPU
+waits for the processor. A graph (https://docs.nvidia.com/cuda/cuda-c-programming-guide, "CUDA Graphs") is launched at
+once. The operations are those of `segment`; here is only what recording asks for:
+
+- A graph reads and writes fixed addresses. Everything that is passed in or kept from forward to backward lies in one
+  block of memory (`Workspace`), laid out anew for every key and shared by all of them, so that memory is bounded by the
+  largest segment and not by the number of recordings. What leaves is copied out.
+- Because the block is shared, the tape of a forward pass is gone once another one has run. Each pass is given a ticket;
+  a backward pass whose ticket is no longer that of the block runs its forward pass again, from the saved arguments.
+- A key is recorded when it comes for the second time, and runs operation by operation before: segments of a rare length
+  are never recorded. The oldest of `MAX_RECORDINGS` is dropped. Where recording fails, that key stays eager, with one
+  warning.
+
+One block for each device and stream: passes on one stream follow each other.
+
+The recording itself is `CudaGraph`; a test hands in another, which runs the function again at every replay.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lmnas.kernels import segment
+from lmnas.kernels.reference import BatchNorm, Program
+from lmnas.kernels.segment import Arguments, Eager, Plan, Tape, Wants, backward, forward, lay_tape
+
+MAX_RECORDINGS = 32
+"""Keys recorded at once: the three passes of a second-order step at a few lengths, evaluation, and room."""
+MAX_SEEN = 4096
+"""Keys remembered that came once."""
+ALIGNMENT = 512
+"""Bytes: what the allocator itself would give."""
+GROWTH = 1.5
+"""A block that is too small is replaced, and its recordings with it; random lengths should not do that many times."""
+
+Function = Callable[[], tuple[Tensor | None, ...]]
+Key = tuple[Plan, Any, Any, Wants, tuple[bool, ...]]
+
+
+class Recording(Protocol):
+    """A function recorded once: `replay` runs it again on the same addresses and fills `outputs`."""
+
+    outputs: tuple[Tensor | None, ...]
+
+    def replay(self) -> None: ...
+
+
+class CudaGraph:
+    """A function as a CUDA graph. `pool` is shared: nothing of it is needed after the next replay of any graph."""
+
+    def __init__(self, function: Function, pool: Any = None):
+        # libraries allocate and choose kernels at their first call, which must not be recorded
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.outputs = function()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+Recorder = Callable[[Function], Recording]
+
+
+@dataclass
+class Entry:
+    """The recordings of one key, and where they read and write."""
+
+    arguments: Arguments
+    gradient: Tensor | None
+    tape: Tape
+    forward: Recording
+    backward: Recording | None = None
+
+
+@dataclass
+class Ticket:
+    """One forward pass. Valid while it is the workspace's latest."""
+
+    entry: Entry
+
+
+@dataclass
+class Workspace:
+    """The block that all recordings of one device and stream share."""
+
+    block: Tensor | None = None
+    latest: Ticket | None = None
+    entries: "OrderedDict[Key, Entry]" = field(default_factory=OrderedDict)
+    seen: "OrderedDict[Key, bool]" = field(default_factory=OrderedDict)
+    """Keys that came before; False: recording them failed."""
+
+    def reserve(self, size: int, device: torch.device) -> Tensor:
+        """The block, of at least `size` bytes."""
+        if self.block is None or self.block.numel() < size:
+            larger = size if self.block is None else max(size, int(GROWTH * self.block.numel()))
+            self.entries.clear()
+            self.block = self.latest = None  # its memory first
+            self.block = torch.empty(larger, dtype=torch.uint8, device=device)
+        return self.block
+
+
+class _Layout:
+    """Hands out parts of a block one after the other; without a block it only counts."""
+
+    def __init__(self, like: Tensor, block: Tensor | None = None):
+        self.like, self.block, self.offset = like, block, 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.like.dtype
+        count = 1
+        for extent in shape:
+            count *= extent
+        size = count * dtype.itemsize
+        start, self.offset = self.offset, -(-(self.offset + size) // ALIGNMENT) * ALIGNMENT
+        if self.block is None:
+            return torch.empty(tuple(shape), dtype=dtype, device="meta")
+        return self.block[start : start + size].view(dtype).view(tuple(shape))
+
+
+class Recorded:
+    """Runs segments by replaying recordings.
+
+    Args:
+        record: makes a recording; default: a CUDA graph.
+        after: how often a key must have come before it is recorded.
+    """
+
+    def __init__(self, record: Recorder | None = None, *, after: int = 1, max_recordings: int = MAX_RECORDINGS):
+        self.record = record
+        self.after = after
+        self.max_recordings = max_recordings
+        self.workspaces: dict[tuple[torch.device, int], Workspace] = {}
+        self.eager = Eager()
+        self.pool: Any = None
+
+    def clear(self) -> None:
+        """Give back all memory; what is still to go backward runs its forward pass again."""
+        self.workspaces.clear()
+        self.pool = None
+
+    def _workspace(self, x: Arguments) -> Workspace:
+        device = x.inputs.device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        return self.workspaces.setdefault((device, stream), Workspace())
+
+    def _make(self, function: Function) -> Recording:
+        if self.record is not None:
+            return self.record(function)
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        return CudaGraph(function, self.pool)
+
+    def _entry(self, plan: Plan, x: Arguments, wants: Wants) -> Entry | None:
+        """The recordings for these arguments, made if they are due; None: run operation by operation."""
+        space = self._workspace(x)
+        shape = (*x.inputs.shape, *x.w_nodes.shape[1:2])
+        key = (plan, shape, x.inputs.dtype, wants, tuple(value is not None for value in x))
+        if key in space.entries:
+            space.entries.move_to_end(key)
+            return space.entries[key]
+        known = space.seen.get(key)
+        if known is False:
+            return None
+        if known is None and self.after > 0:
+            space.seen[key] = True
+            while len(space.seen) > MAX_SEEN:
+                space.seen.popitem(last=False)
+            return None
+        try:
+            entry = self._recorded(space, plan, x, wants)
+        except (RuntimeError, torch.OutOfMemoryError) as problem:
+            space.seen[key] = False
+            space.latest = None
+            reason = str(problem).strip().splitlines()[0]
+            logging.getLogger("lmnas").warning("kernel: a segment runs without a CUDA graph, slower: %s", reason)
+            return None
+        space.entries[key] = entry
+        while len(space.entries) > self.max_recordings:
+            space.entries.popitem(last=False)
+        return entry
+
+    def _recorded(self, space: Workspace, plan: Plan, x: Arguments, wants: Wants) -> Entry:
+        measured = _Layout(x.inputs)
+        self._lay(measured, plan, x, wants)
+        layout = _Layout(x.inputs, space.reserve(measured.offset, x.inputs.device))
+        arguments, gradient, tape = self._lay(layout, plan, x, wants)
+        space.latest = None  # recording writes into the block
+        _copy_in(arguments, x)
+        recording = self._make(partial(_forward, plan, arguments, tape))
+        return Entry(arguments, gradient, tape, recording)
+
+    def _lay(self, layout: _Layout, plan: Plan, x: Arguments, wants: Wants) -> tuple[Arguments, Tensor | None, Tape]:
+        arguments = Arguments(*(None if v is None else layout.take(v.shape, v.dtype) for v in x))  # type: ignore[arg-type]
+        shape = x.inputs.shape
+        gradient = layout.take(shape) if any(wants) else None
+        tape = lay_tape(plan, (shape[0], shape[1], shape[2], shape[3]), any(wants), layout.take)
+        return arguments, gradient, tape
+
+    def forward(self, plan: Plan, x: Arguments, wants: Wants) -> tuple[Tensor, Any]:
+        entry = self._entry(plan, x, wants)
+        if entry is None:
+            return self.eager.forward(plan, x, wants)
+        ticket = self._replay_forward(entry, x)
+        return entry.tape.hs.clone(), ticket
+
+    def _replay_forward(self, entry: Entry, x: Arguments) -> Ticket:
+        _copy_in(entry.arguments, x)
+        entry.forward.replay()
+        ticket = self._workspace(x).latest = Ticket(entry)
+        return ticket
+
+    def backward(
+        self, plan: Plan, x: Arguments, ticket: Any, hs: Tensor, gradient: Tensor, wants: Wants
+    ) -> tuple[Tensor | None, ...]:
+        if isinstance(ticket, Tape):  # its forward pass was eager
+            return self.eager.backward(plan, x, ticket, hs, gradient, wants)
+        space = self._workspace(x)
+        if ticket is None or ticket is not space.latest:
+            entry = self._entry(plan, x, wants)
+            if entry is None:
+                return self.eager.backward(plan, x, None, hs, gradient, wants)
+            ticket = self._replay_forward(entry, x)
+        entry = ticket.entry
+        space.latest = None  # the tape serves once
+        if entry.backward is None:
+            assert entry.gradient is not None
+            entry.gradient.copy_(gradient)
+            try:
+                entry.backward = self._make(
+                    partial(backward, plan, entry.arguments, entry.tape, entry.tape.hs, entry.gradient, wants)
+                )
+            except (RuntimeError, torch.OutOfMemoryError) as problem:
+                self._give_up(space, entry, problem)
+                return self.eager.backward(plan, x, None, hs, gradient, wants)
+            self._replay_forward(entry, x)  # recording used the tape up
+            space.latest = None
+        assert entry.gradient is not None and entry.backward is not None
+        entry.gradient.copy_(gradient)
+        entry.backward.replay()
+        # another replay writes to the same addresses
+        return tuple(None if output is None else output.clone() for output in entry.backward.outputs)
+
+    def _give_up(self, space: Workspace, entry: Entry, problem: Exception) -> None:
+        for key in [key for key, other in space.entries.items() if other is entry]:
+            del space.entries[key]
+            space.seen[key] = False
+        reason = str(problem).strip().splitlines()[0]
+        logging.getLogger("lmnas").warning("kernel: a segment runs without a CUDA graph, slower: %s", reason)
+
+
+def _forward(plan: Plan, x: Arguments, tape: Tape) -> tuple[Tensor | None, ...]:
+    forward(plan, x, tape)
+    return ()  # what it writes lies in the block
+
+
+def _copy_in(arguments: Arguments, x: Arguments) -> None:
+    for place, value in zip(arguments, x, strict=True):
+        if place is not None and value is not None:
+            place.copy_(value)
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+recorded = Recorded()
+"""The recordings of this process."""
+
+
+def takes(
+    inputs: Tensor, state: Tensor, weights: Sequence[Tensor], mask_x: Tensor | None, mask_h: Tensor | None
+) -> bool:
+    """Whether these arguments run here; the reference takes all the others."""
+    masks = [mask for mask in (mask_x, mask_h) if mask is not None]
+    return (
+        inputs.device.type == "cuda"
+        and inputs.dtype in (torch.float32, torch.float64)
+        and inputs.numel() > 0
+        and all(t.dtype == inputs.dtype and t.device == inputs.device for t in (state, *weights, *masks))
+        and all(mask.shape == state.shape and not mask.requires_grad for mask in masks)
+        and not torch.is_autocast_enabled("cuda")
+    )
+
+
+def _runner(inputs: Tensor) -> segment.Runner:
+    # inside somebody else's recording ours cannot be replayed, but its operations can be recorded
+    if inputs.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return Eager()
+    return recorded
+
+
+def recurrent_path(
+    inputs: Tensor,
+    state: Tensor,
+    w_input: Tensor,
+    w_nodes: Sequence[Tensor],
+    program: Program,
+    mask_x: Tensor | None = None,
+    mask_h: Tensor | None = None,
+    batch_norm: BatchNorm = "none",
+    sampled: bool = False,
+) -> Tensor:
+    """`reference.recurrent_path`, differentiable once.
+
+    Args:
+        sampled: the next call will have another program: one recording serves them all.
+    """
+    runner = _runner(inputs)
+    return segment.recurrent_path(
+        inputs, state, w_input, w_nodes, program, mask_x, mask_h, batch_norm, runner, sampled
+    )
+
+
+def recurrent_mixture(
+    inputs: Tensor,
+    state: Tensor,
+    w_input: Tensor,
+    w_nodes: Sequence[Tensor],
+    p_input: Tensor,
+    p_edges: Tensor,
+    output_weights: Tensor,
+    mask_x: Tensor | None = None,
+    mask_h: Tensor | None = None,
+    batch_norm: BatchNorm = "none",
+) -> Tensor:
+    """`reference.recurrent_mixture`, differentiable once."""
+    mixture = (p_input, p_edges, output_weights)
+    runner = _runner(inputs)
+    return segment.recurrent_mixture(inputs, state, w_input, w_nodes, *mixture, mask_x, mask_h, batch_norm, runner)
+
+
+def recurrent_path_many(
+    inputs: Tensor,
+    state: Tensor,
+    w_input: Tensor,
+    w_nodes: Sequence[Tensor],
+    programs: Program | Sequence[Program],
+    mask_x: Tensor | None = None,
+    mask_h: Tensor | None = None,
+    batch_norm: BatchNorm = "none",
+) -> Tensor:
+    """`segment.recurrent_path_many`, recorded where there is a GPU."""
+    runner = _runner(inputs)
+    return segment.recurrent_path_many(inputs, state, w_input, w_nodes, programs, mask_x, mask_h, batch_norm, runner)
+
+
+def recurrent_mixture_many(
+    inputs: Tensor,
+    state: Tensor,
+    w_input: Tensor,
+    w_nodes: Sequence[Tensor],
+    p_input: Tensor,
+    p_edges: Tensor,
+    output_weights: Tensor,
+    mask_x: Tensor | None = None,
+    mask_h: Tensor | None = None,
+    batch_norm: BatchNorm = "none",
+) -> Tensor:
+    """`segment.recurrent_mixture_many`, recorded where there is a GPU."""
+    mixture = (p_input, p_edges, output_weights)
+    runner = _runner(inputs)
+    return segment.recurrent_mixture_many(
+        inputs, state, w_input, w_nodes, *mixture, mask_x, mask_h, batch_norm, runner
+    )
