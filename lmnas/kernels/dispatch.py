@@ -7,12 +7,12 @@ is continued must not change from one to the other.
 
 import logging
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from lmnas.errors import UserError, nearest
-from lmnas.kernels import fused, gemm, reference
+from lmnas.kernels import fused, gemm, graphs, reference
 from lmnas.kernels.reference import BatchNorm, Program
 
 Kernel = Literal["auto", "reference", "fused"]
@@ -61,9 +61,14 @@ def _loads(compiling: bool) -> bool:
     return True
 
 
-def kernel_in_use() -> Literal["reference", "fused"]:
-    """What runs the recurrent cell on the CPU in float32 and float64; other devices and types run the reference."""
+def kernel_in_use(device: str = "cpu") -> Literal["reference", "fused", "graphs"]:
+    """What runs the recurrent cell in float32 and float64; other types and devices run the reference.
+
+    On a GPU everything but `reference` means recorded graphs.
+    """
     global _decided
+    if device != "cpu":
+        return "graphs" if device == "cuda" and _setting != "reference" else "reference"
     if _decided is None:
         _decided = _loads(compiling=False)
     return "fused" if _decided else "reference"
@@ -78,9 +83,19 @@ def recurrent_path(
     mask_x: Tensor | None = None,
     mask_h: Tensor | None = None,
     batch_norm: BatchNorm = "none",
+    sampled: bool = False,
 ) -> Tensor:
-    """`reference.recurrent_path` by the kernel in use."""
-    chosen = fused if _fused_takes(inputs, state, (w_input, *w_nodes), mask_x, mask_h) else reference
+    """`reference.recurrent_path` by the kernel in use.
+
+    Args:
+        sampled: other programs follow in other calls, so that nothing costly should be prepared for this one.
+    """
+    weights = (w_input, *w_nodes)
+    if _graphs_take(inputs, state, weights, mask_x, mask_h):
+        return graphs.recurrent_path(
+            inputs, state, w_input, w_nodes, program, mask_x, mask_h, batch_norm, sampled=sampled
+        )
+    chosen = fused if _fused_takes(inputs, state, weights, mask_x, mask_h) else reference
     return chosen.recurrent_path(inputs, state, w_input, w_nodes, program, mask_x, mask_h, batch_norm)
 
 
@@ -98,7 +113,11 @@ def recurrent_mixture(
 ) -> Tensor:
     """`reference.recurrent_mixture` by the kernel in use."""
     weights = (w_input, *w_nodes, p_input, p_edges, output_weights)
-    chosen = fused if _fused_takes(inputs, state, weights, mask_x, mask_h) else reference
+    chosen: Any = reference
+    if _graphs_take(inputs, state, weights, mask_x, mask_h):
+        chosen = graphs
+    elif _fused_takes(inputs, state, weights, mask_x, mask_h):
+        chosen = fused
     return chosen.recurrent_mixture(
         inputs, state, w_input, w_nodes, p_input, p_edges, output_weights, mask_x, mask_h, batch_norm
     )
@@ -108,3 +127,9 @@ def _fused_takes(
     inputs: Tensor, state: Tensor, weights: Sequence[Tensor], mask_x: Tensor | None, mask_h: Tensor | None
 ) -> bool:
     return kernel_in_use() == "fused" and fused.takes(inputs, state, weights, mask_x, mask_h)
+
+
+def _graphs_take(
+    inputs: Tensor, state: Tensor, weights: Sequence[Tensor], mask_x: Tensor | None, mask_h: Tensor | None
+) -> bool:
+    return kernel_in_use(inputs.device.type) == "graphs" and graphs.takes(inputs, state, weights, mask_x, mask_h)

@@ -4,9 +4,9 @@ Nine dependent products times 35 time steps are hundreds of kernels of a few mic
 waits for the processor. A graph (https://docs.nvidia.com/cuda/cuda-c-programming-guide, "CUDA Graphs") is launched at
 once. The operations are those of `segment`; here is only what recording asks for:
 
-- A graph reads and writes fixed addresses. Everything that is passed in or kept from forward to backward lies in one
-  block of memory (`Workspace`), laid out anew for every key and shared by all of them, so that memory is bounded by the
-  largest segment and not by the number of recordings. What leaves is copied out.
+- A graph reads and writes fixed addresses. Everything that is passed in, kept from forward to backward or handed out lies
+  in one block of memory (`Workspace`), laid out anew for every key and shared by all of them, so that memory is bounded
+  by the largest segment and not by the number of recordings. What leaves is copied out.
 - Because the block is shared, the tape of a forward pass is gone once another one has run. Each pass is given a ticket;
   a backward pass whose ticket is no longer that of the block runs its forward pass again, from the saved arguments.
 - A key is recorded when it comes for the second time, and runs operation by operation before: segments of a rare length
@@ -32,29 +32,29 @@ from lmnas.kernels import segment
 from lmnas.kernels.reference import BatchNorm, Program
 from lmnas.kernels.segment import Arguments, Eager, Plan, Tape, Wants, backward, forward, lay_tape
 
-MAX_RECORDINGS = 32
-"""Keys recorded at once: the three passes of a second-order step at a few lengths, evaluation, and room."""
+MAX_RECORDINGS = 128
+"""Keys recorded at a time: all the random lengths of a training, its evaluation, and room."""
 MAX_SEEN = 4096
 """Keys remembered that came once."""
 ALIGNMENT = 512
 """Bytes: what the allocator itself would give."""
+LEAST_BLOCK = 1 << 26
+"""Bytes of the first block."""
 GROWTH = 1.5
 """A block that is too small is replaced, and its recordings with it; random lengths should not do that many times."""
 
-Function = Callable[[], tuple[Tensor | None, ...]]
-Key = tuple[Plan, Any, Any, Wants, tuple[bool, ...]]
+Function = Callable[[], None]
+Key = tuple[Plan, torch.Size, torch.dtype, Wants, bool, bool]
 
 
 class Recording(Protocol):
-    """A function recorded once: `replay` runs it again on the same addresses and fills `outputs`."""
-
-    outputs: tuple[Tensor | None, ...]
+    """A function that was recorded: `replay` runs it again on the same addresses."""
 
     def replay(self) -> None: ...
 
 
 class CudaGraph:
-    """A function as a CUDA graph. `pool` is shared: nothing of it is needed after the next replay of any graph."""
+    """A function as a CUDA graph. All share one pool: what a graph allocates is not needed after its replay."""
 
     def __init__(self, function: Function, pool: Any = None):
         # libraries allocate and choose kernels at their first call, which must not be recorded
@@ -65,7 +65,7 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            self.outputs = function()
+            function()
 
     def replay(self) -> None:
         self.graph.replay()
@@ -79,8 +79,10 @@ class Entry:
     """The recordings of one key, and where they read and write."""
 
     arguments: Arguments
-    gradient: Tensor | None
     tape: Tape
+    hs: Tensor
+    gradient: Tensor | None
+    results: tuple[Tensor | None, ...]
     forward: Recording
     backward: Recording | None = None
 
@@ -96,6 +98,7 @@ class Ticket:
 class Workspace:
     """The block that all recordings of one device and stream share."""
 
+    least: int
     block: Tensor | None = None
     latest: Ticket | None = None
     entries: "OrderedDict[Key, Entry]" = field(default_factory=OrderedDict)
@@ -105,7 +108,7 @@ class Workspace:
     def reserve(self, size: int, device: torch.device) -> Tensor:
         """The block, of at least `size` bytes."""
         if self.block is None or self.block.numel() < size:
-            larger = size if self.block is None else max(size, int(GROWTH * self.block.numel()))
+            larger = max(size, self.least if self.block is None else int(GROWTH * self.block.numel()))
             self.entries.clear()
             self.block = self.latest = None  # its memory first
             self.block = torch.empty(larger, dtype=torch.uint8, device=device)
@@ -135,13 +138,23 @@ class Recorded:
 
     Args:
         record: makes a recording; default: a CUDA graph.
-        after: how often a key must have come before it is recorded.
+        after: 1: a key is recorded when it comes again; 0: at once.
+        max_recordings: keys recorded at a time.
+        least_block: bytes of the first block.
     """
 
-    def __init__(self, record: Recorder | None = None, *, after: int = 1, max_recordings: int = MAX_RECORDINGS):
+    def __init__(
+        self,
+        record: Recorder | None = None,
+        *,
+        after: int = 1,
+        max_recordings: int = MAX_RECORDINGS,
+        least_block: int = LEAST_BLOCK,
+    ):
         self.record = record
         self.after = after
         self.max_recordings = max_recordings
+        self.least_block = least_block
         self.workspaces: dict[tuple[torch.device, int], Workspace] = {}
         self.eager = Eager()
         self.pool: Any = None
@@ -154,7 +167,11 @@ class Recorded:
     def _workspace(self, x: Arguments) -> Workspace:
         device = x.inputs.device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        return self.workspaces.setdefault((device, stream), Workspace())
+        return self.workspaces.setdefault((device, stream), Workspace(self.least_block))
+
+    @staticmethod
+    def _key(plan: Plan, x: Arguments, wants: Wants) -> Key:
+        return plan, x.inputs.shape, x.inputs.dtype, wants, x.mask_x is not None, x.mask_h is not None
 
     def _make(self, function: Function) -> Recording:
         if self.record is not None:
@@ -166,8 +183,7 @@ class Recorded:
     def _entry(self, plan: Plan, x: Arguments, wants: Wants) -> Entry | None:
         """The recordings for these arguments, made if they are due; None: run operation by operation."""
         space = self._workspace(x)
-        shape = (*x.inputs.shape, *x.w_nodes.shape[1:2])
-        key = (plan, shape, x.inputs.dtype, wants, tuple(value is not None for value in x))
+        key = self._key(plan, x, wants)
         if key in space.entries:
             space.entries.move_to_end(key)
             return space.entries[key]
@@ -181,11 +197,8 @@ class Recorded:
             return None
         try:
             entry = self._recorded(space, plan, x, wants)
-        except (RuntimeError, torch.OutOfMemoryError) as problem:
-            space.seen[key] = False
-            space.latest = None
-            reason = str(problem).strip().splitlines()[0]
-            logging.getLogger("lmnas").warning("kernel: a segment runs without a CUDA graph, slower: %s", reason)
+        except RuntimeError as problem:
+            self._give_up(space, key, problem)
             return None
         space.entries[key] = entry
         while len(space.entries) > self.max_recordings:
@@ -196,25 +209,34 @@ class Recorded:
         measured = _Layout(x.inputs)
         self._lay(measured, plan, x, wants)
         layout = _Layout(x.inputs, space.reserve(measured.offset, x.inputs.device))
-        arguments, gradient, tape = self._lay(layout, plan, x, wants)
+        arguments, tape, hs, gradient, results = self._lay(layout, plan, x, wants)
         space.latest = None  # recording writes into the block
         _copy_in(arguments, x)
-        recording = self._make(partial(_forward, plan, arguments, tape))
-        return Entry(arguments, gradient, tape, recording)
+        recording = self._make(partial(forward, plan, arguments, tape, hs))
+        return Entry(arguments, tape, hs, gradient, results, recording)
 
-    def _lay(self, layout: _Layout, plan: Plan, x: Arguments, wants: Wants) -> tuple[Arguments, Tensor | None, Tape]:
-        arguments = Arguments(*(None if v is None else layout.take(v.shape, v.dtype) for v in x))  # type: ignore[arg-type]
-        shape = x.inputs.shape
-        gradient = layout.take(shape) if any(wants) else None
-        tape = lay_tape(plan, (shape[0], shape[1], shape[2], shape[3]), any(wants), layout.take)
-        return arguments, gradient, tape
+    @staticmethod
+    def _lay(
+        layout: _Layout, plan: Plan, x: Arguments, wants: Wants
+    ) -> tuple[Arguments, Tape, Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+        arguments = Arguments._make(None if v is None else layout.take(v.shape, v.dtype) for v in x)
+        tape = lay_tape(plan, x.inputs.shape, any(wants), layout.take)
+        hs = layout.take(x.inputs.shape)
+        gradient = layout.take(x.inputs.shape) if any(wants) else None
+        # `Arguments` begins with what gradients can be wanted of
+        differentiable = x[: len(wants)]
+        results = tuple(
+            layout.take(v.shape) if v is not None and wanted else None
+            for v, wanted in zip(differentiable, wants, strict=True)
+        )
+        return arguments, tape, hs, gradient, results
 
     def forward(self, plan: Plan, x: Arguments, wants: Wants) -> tuple[Tensor, Any]:
         entry = self._entry(plan, x, wants)
         if entry is None:
             return self.eager.forward(plan, x, wants)
         ticket = self._replay_forward(entry, x)
-        return entry.tape.hs.clone(), ticket
+        return entry.hs.clone(), ticket
 
     def _replay_forward(self, entry: Entry, x: Arguments) -> Ticket:
         _copy_in(entry.arguments, x)
@@ -235,39 +257,37 @@ class Recorded:
             ticket = self._replay_forward(entry, x)
         entry = ticket.entry
         space.latest = None  # the tape serves once
+        assert entry.gradient is not None
         if entry.backward is None:
-            assert entry.gradient is not None
             entry.gradient.copy_(gradient)
             try:
-                entry.backward = self._make(
-                    partial(backward, plan, entry.arguments, entry.tape, entry.tape.hs, entry.gradient, wants)
-                )
-            except (RuntimeError, torch.OutOfMemoryError) as problem:
-                self._give_up(space, entry, problem)
+                entry.backward = self._make(partial(_backward, plan, entry, wants))
+            except RuntimeError as problem:
+                self._give_up(space, self._key(plan, x, wants), problem)
                 return self.eager.backward(plan, x, None, hs, gradient, wants)
             self._replay_forward(entry, x)  # recording used the tape up
             space.latest = None
-        assert entry.gradient is not None and entry.backward is not None
         entry.gradient.copy_(gradient)
         entry.backward.replay()
-        # another replay writes to the same addresses
-        return tuple(None if output is None else output.clone() for output in entry.backward.outputs)
+        return tuple(None if result is None else result.clone() for result in entry.results)
 
-    def _give_up(self, space: Workspace, entry: Entry, problem: Exception) -> None:
-        for key in [key for key, other in space.entries.items() if other is entry]:
-            del space.entries[key]
-            space.seen[key] = False
+    @staticmethod
+    def _give_up(space: Workspace, key: Key, problem: Exception) -> None:
+        space.entries.pop(key, None)
+        space.seen[key] = False
+        space.latest = None
         reason = str(problem).strip().splitlines()[0]
-        logging.getLogger("lmnas").warning("kernel: a segment runs without a CUDA graph, slower: %s", reason)
+        logging.getLogger("lmnas").warning("kernel: a segment runs without a CUDA graph, which is slower: %s", reason)
 
 
-def _forward(plan: Plan, x: Arguments, tape: Tape) -> tuple[Tensor | None, ...]:
-    forward(plan, x, tape)
-    return ()  # what it writes lies in the block
+def _backward(plan: Plan, entry: Entry, wants: Wants) -> None:
+    assert entry.gradient is not None
+    results = backward(plan, entry.arguments, entry.tape, entry.hs, entry.gradient, wants)
+    _copy_in(entry.results, results)
 
 
-def _copy_in(arguments: Arguments, x: Arguments) -> None:
-    for place, value in zip(arguments, x, strict=True):
+def _copy_in(places: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
+    for place, value in zip(places, values, strict=True):
         if place is not None and value is not None:
             place.copy_(value)
 
@@ -317,9 +337,7 @@ def recurrent_path(
         sampled: the next call will have another program: one recording serves them all.
     """
     runner = _runner(inputs)
-    return segment.recurrent_path(
-        inputs, state, w_input, w_nodes, program, mask_x, mask_h, batch_norm, runner, sampled
-    )
+    return segment.recurrent_path(inputs, state, w_input, w_nodes, program, mask_x, mask_h, batch_norm, runner, sampled)
 
 
 def recurrent_mixture(
@@ -370,6 +388,4 @@ def recurrent_mixture_many(
     """`segment.recurrent_mixture_many`, recorded where there is a GPU."""
     mixture = (p_input, p_edges, output_weights)
     runner = _runner(inputs)
-    return segment.recurrent_mixture_many(
-        inputs, state, w_input, w_nodes, *mixture, mask_x, mask_h, batch_norm, runner
-    )
+    return segment.recurrent_mixture_many(inputs, state, w_input, w_nodes, *mixture, mask_x, mask_h, batch_norm, runner)

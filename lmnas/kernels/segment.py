@@ -21,6 +21,7 @@ into one node, R readers of a source, K operation codes.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import FunctionType
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -132,20 +133,18 @@ class Tape(NamedTuple):
         pre: [c, a] of the other nodes: by source (S, T', B, R 2H) for a `path`, else by node (S, T', L, B, 2H).
         states: (S, T', N + 1, B, H).
         deviations: (S, T', N + 1, H) with batch norm of nodes, (S, T', 1, H) of the output.
-        hs: (S, T, B, H), the result.
     """
 
     pre_input: Tensor
     pre: tuple[Tensor | None, ...]
     states: Tensor
     deviations: Tensor | None
-    hs: Tensor
 
 
 Allocate = Callable[[tuple[int, ...]], Tensor]
 
 
-def lay_tape(plan: Plan, shape: tuple[int, int, int, int], keep: bool, allocate: Allocate) -> Tape:
+def lay_tape(plan: Plan, shape: Sequence[int], keep: bool, allocate: Allocate) -> Tape:
     """A tape for inputs of `shape` (S, T, B, H), its parts taken from `allocate` in a fixed order."""
     s, t, b, h = shape
     kept, n = t if keep else 1, plan.n_nodes
@@ -161,7 +160,6 @@ def lay_tape(plan: Plan, shape: tuple[int, int, int, int], keep: bool, allocate:
         tuple(pre),
         allocate((s, kept, n + 1, b, h)),
         allocate((s, kept, normalised, h)) if normalised else None,
-        allocate((s, t, b, h)),
     )
 
 
@@ -248,7 +246,7 @@ def mixed(pre: Tensor, s: Tensor, p: Tensor) -> Tensor:
 
 
 def mixed_backward(pre: Tensor, s: Tensor, p: Tensor, g: Tensor, wants_p: bool) -> tuple[Tensor, Tensor | None]:
-    """The gradients of s (S, L, B, H) and of p (S, L, K); that of pre is written over it. g: (S, B, H), the output's."""
+    """The gradients of s (S, L, B, H) and p (S, L, K); that of pre is written over it. g: (S, B, H), of the output."""
     c, a = pre.chunk(2, dim=-1)
     w = p[..., None, None]
     tanh, relu, sigmoid, sigma = torch.tanh(a), torch.relu(a), torch.sigmoid(a), torch.sigmoid(c)
@@ -299,7 +297,7 @@ class _Pointwise:
 @cache
 def _compile(function: Callable, shapes: tuple) -> Callable:
     # the compiler counts recompilations by code object
-    copy = type(function)(function.__code__.replace(), function.__globals__, function.__name__)
+    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     return torch.compile(copy, dynamic=False, fullgraph=True)
 
 
@@ -333,8 +331,8 @@ def _mean_of(states: Tensor, outputs: tuple[int, ...]) -> Tensor:
     return torch.stack([states[:, node] for node in outputs]).mean(0)
 
 
-def forward(plan: Plan, x: Arguments, tape: Tape) -> Tensor:
-    """h after every step, (S, T, B, H), which is `tape.hs`."""
+def forward(plan: Plan, x: Arguments, tape: Tape, hs: Tensor) -> None:
+    """Write h after every step into `hs`, (S, T, B, H)."""
     s, t_all, b, h = x.inputs.shape
     keep = tape.states.shape[1] == t_all
     run, nodes = _Pointwise(plan.compiled), plan.n_nodes + 1
@@ -407,8 +405,7 @@ def forward(plan: Plan, x: Arguments, tape: Tape) -> Tensor:
             assert tape.deviations is not None
             value, deviation = run(normalise, value)
             tape.deviations[:, k, 0].copy_(deviation)
-        previous = tape.hs[:, t].copy_(value)
-    return tape.hs
+        previous = hs[:, t].copy_(value)
 
 
 # ------------------------------------------------------------------------------------------------ backward
@@ -420,7 +417,7 @@ def backward(
     """Gradients in the order of `Wants`, None where not wanted. Uses the tape up.
 
     Args:
-        hs: what `forward` returned.
+        hs: what `forward` wrote.
         gradient: (S, T, B, H), of hs.
     """
     s, t_all, b, h = x.inputs.shape
@@ -494,14 +491,10 @@ def backward(
                 d_sources, _ = run(mixed_backward, pre, sources, x.p_edges[:, node - 1 : node], g, False)
                 back = _multiply(pre[:, 0], x.w_nodes[:, node - 1].transpose(1, 2), plan.products)
                 # each row at most once: the order of additions is fixed
-                d_states.view(-1, b, h).index_add_(
-                    0, step_rows[node - 1], d_sources[:, 0] + _masked(back, x.mask_h)
-                )
+                d_states.view(-1, b, h).index_add_(0, step_rows[node - 1], d_sources[:, 0] + _masked(back, x.mask_h))
                 continue
             first = first_edge(node)
-            d_sources, d_p = run(
-                mixed_backward, pre, states[:, :node], x.p_edges[:, first : first + node], g, wants_p
-            )
+            d_sources, d_p = run(mixed_backward, pre, states[:, :node], x.p_edges[:, first : first + node], g, wants_p)
             if d_p is not None:
                 d_p_edges[:, first : first + node] += d_p
             if plan.per_edge:
@@ -563,9 +556,7 @@ def _weight_gradients(plan: Plan, x: Arguments, tape: Tape) -> Tensor:
         assert product is not None
         if plan.kind == "paths":
             reads = tape.states.view(-1, b, h).index_select(0, rows[:, node - 1].t().flatten())
-            result[:, node - 1] = _over_time(
-                _masked(reads.view(s, t_all, b, h), x.mask_h), product, plan.products
-            )
+            result[:, node - 1] = _over_time(_masked(reads.view(s, t_all, b, h), x.mask_h), product, plan.products)
         elif plan.per_edge:
             reads = _masked(tape.states[:, :, :node], x.mask_h).transpose(1, 2).reshape(s, node, t_all * b, h)
             d_pre = product.transpose(1, 2).reshape(s, node, t_all * b, 2 * h)
@@ -597,14 +588,14 @@ class Eager:
     """Operation by operation."""
 
     def _forward(self, plan: Plan, x: Arguments, keep: bool) -> tuple[Tensor, Tape]:
-        shape = x.inputs.shape
-        tape = lay_tape(plan, (shape[0], shape[1], shape[2], shape[3]), keep, x.inputs.new_empty)
-        return forward(plan, x, tape), tape
+        hs = torch.empty_like(x.inputs)
+        tape = lay_tape(plan, hs.shape, keep, hs.new_empty)
+        forward(plan, x, tape, hs)
+        return hs, tape
 
     def forward(self, plan: Plan, x: Arguments, wants: Wants) -> tuple[Tensor, Tape | None]:
         hs, tape = self._forward(plan, x, any(wants))
-        # autograd keeps the result; a tape that held it too would make a circle
-        return hs, tape._replace(hs=x.inputs) if any(wants) else None
+        return hs, tape if any(wants) else None
 
     def backward(
         self, plan: Plan, x: Arguments, ticket: Tape | None, hs: Tensor, gradient: Tensor, wants: Wants
@@ -616,7 +607,7 @@ class Eager:
 class _Segment(torch.autograd.Function):
     @staticmethod
     def forward(context, runner: Runner, plan: Plan, sources, mask_x, mask_h, *tensors) -> Tensor:
-        x = Arguments(*tensors, sources, mask_x, mask_h)
+        x = Arguments._make((*tensors, sources, mask_x, mask_h))
         wants = Wants(*context.needs_input_grad[5:])
         hs, ticket = runner.forward(plan, x, wants)
         if any(wants):
@@ -627,9 +618,9 @@ class _Segment(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(context, gradient: Tensor):
-        hs, *values = context.saved_tensors
+        hs, *values = (None if value is None else value.detach() for value in context.saved_tensors)
         ticket, context.ticket = context.ticket, None  # a graph that is retained comes again
-        x = Arguments(*values)
+        x = Arguments._make(values)
         return (None,) * 5 + context.runner.backward(context.plan, x, ticket, hs, gradient, context.wants)
 
 
@@ -722,9 +713,7 @@ def recurrent_mixture_many(
     n_nodes = output_weights.shape[1] - 1
     plan = Plan("mixture", n_nodes, batch_norm, per_edge=len(w_nodes) != n_nodes, compiled=_compiled)
     stacked = torch.stack(list(w_nodes), 1)
-    x = Arguments(
-        inputs, state, w_input, stacked, p_input, p_edges, output_weights, None, mask_x, mask_h
-    )
+    x = Arguments(inputs, state, w_input, stacked, p_input, p_edges, output_weights, None, mask_x, mask_h)
     return run(runner or Eager(), plan, x)
 
 

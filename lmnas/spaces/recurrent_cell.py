@@ -242,7 +242,8 @@ class CellSupernet(nn.Module):
         if isinstance(choice, Genotype):
             program = self.space.program(choice)
             weights = [self.w_nodes[row] for row in self._path_rows(program)]
-            hs = recurrent_path(inputs, state, self.w_input, weights, program, mask_x, mask_h, self.space.batch_norm)
+            batch_norm = self.space.batch_norm
+            hs = recurrent_path(inputs, state, self.w_input, weights, program, mask_x, mask_h, batch_norm, sampled=True)
         elif choice is not None:
             p_input, p_edges, output_weights = self._encode(choice)
             hs = recurrent_mixture(
