@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lmnas.errors import UserError, nearest
-from lmnas.kernels import fused, gemm, graphs, reference
+from lmnas.kernels import fused, gemm, graphs, reference, segment
 from lmnas.kernels.reference import BatchNorm, Program
 
 Kernel = Literal["auto", "reference", "fused"]
@@ -119,6 +119,42 @@ def recurrent_mixture(
     elif _fused_takes(inputs, state, weights, mask_x, mask_h):
         chosen = fused
     return chosen.recurrent_mixture(
+        inputs, state, w_input, w_nodes, p_input, p_edges, output_weights, mask_x, mask_h, batch_norm
+    )
+
+
+def recurrent_path_many(
+    inputs: Tensor,
+    state: Tensor,
+    w_input: Tensor,
+    w_nodes: Sequence[Tensor],
+    programs: Program | Sequence[Program],
+    mask_x: Tensor | None = None,
+    mask_h: Tensor | None = None,
+    batch_norm: BatchNorm = "none",
+) -> Tensor:
+    """`segment.recurrent_path_many`, several seeds at once: recorded where graphs run."""
+    weights = (w_input, *w_nodes)
+    chosen: Any = graphs if _graphs_take(inputs, state, weights, mask_x, mask_h) else segment
+    return chosen.recurrent_path_many(inputs, state, w_input, w_nodes, programs, mask_x, mask_h, batch_norm)
+
+
+def recurrent_mixture_many(
+    inputs: Tensor,
+    state: Tensor,
+    w_input: Tensor,
+    w_nodes: Sequence[Tensor],
+    p_input: Tensor,
+    p_edges: Tensor,
+    output_weights: Tensor,
+    mask_x: Tensor | None = None,
+    mask_h: Tensor | None = None,
+    batch_norm: BatchNorm = "none",
+) -> Tensor:
+    """`segment.recurrent_mixture_many`, several seeds at once: recorded where graphs run."""
+    weights = (w_input, *w_nodes, p_input, p_edges, output_weights)
+    chosen: Any = graphs if _graphs_take(inputs, state, weights, mask_x, mask_h) else segment
+    return chosen.recurrent_mixture_many(
         inputs, state, w_input, w_nodes, p_input, p_edges, output_weights, mask_x, mask_h, batch_norm
     )
 

@@ -4,9 +4,9 @@ Nine dependent products times 35 time steps are hundreds of kernels of a few mic
 waits for the processor. A graph (https://docs.nvidia.com/cuda/cuda-c-programming-guide, "CUDA Graphs") is launched at
 once. The operations are those of `segment`; here is only what recording asks for:
 
-- A graph reads and writes fixed addresses. Everything that is passed in, kept from forward to backward or handed out lies
-  in one block of memory (`Workspace`), laid out anew for every key and shared by all of them, so that memory is bounded
-  by the largest segment and not by the number of recordings. What leaves is copied out.
+- A graph reads and writes fixed addresses. All that is passed in, kept from forward to backward or handed out lies in
+  one block of memory (`Workspace`), laid out anew for every key and shared by all of them, so that memory is bounded by
+  the largest segment and not by the number of recordings. What leaves is copied out.
 - Because the block is shared, the tape of a forward pass is gone once another one has run. Each pass is given a ticket;
   a backward pass whose ticket is no longer that of the block runs its forward pass again, from the saved arguments.
 - A key is recorded when it comes for the second time, and runs operation by operation before: segments of a rare length
