@@ -18,6 +18,7 @@ One block for each device and stream: passes on one stream follow each other.
 The recording itself is `CudaGraph`; a test hands in another, which runs the function again at every replay.
 """
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -64,7 +65,8 @@ class CudaGraph:
             function()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # other threads may go on: backward is recorded on autograd's
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             function()
 
     def replay(self) -> None:
@@ -99,6 +101,7 @@ class Workspace:
     """The block that all recordings of one device and stream share."""
 
     least: int
+    pool: Any = None
     block: Tensor | None = None
     latest: Ticket | None = None
     entries: "OrderedDict[Key, Entry]" = field(default_factory=OrderedDict)
@@ -157,12 +160,10 @@ class Recorded:
         self.least_block = least_block
         self.workspaces: dict[tuple[torch.device, int], Workspace] = {}
         self.eager = Eager()
-        self.pool: Any = None
 
     def clear(self) -> None:
         """Give back all memory; what is still to go backward runs its forward pass again."""
         self.workspaces.clear()
-        self.pool = None
 
     def _workspace(self, x: Arguments) -> Workspace:
         device = x.inputs.device
@@ -173,12 +174,12 @@ class Recorded:
     def _key(plan: Plan, x: Arguments, wants: Wants) -> Key:
         return plan, x.inputs.shape, x.inputs.dtype, wants, x.mask_x is not None, x.mask_h is not None
 
-    def _make(self, function: Function) -> Recording:
+    def _make(self, space: Workspace, function: Function) -> Recording:
         if self.record is not None:
             return self.record(function)
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        return CudaGraph(function, self.pool)
+        if space.pool is None:
+            space.pool = torch.cuda.graph_pool_handle()
+        return CudaGraph(function, space.pool)
 
     def _entry(self, plan: Plan, x: Arguments, wants: Wants) -> Entry | None:
         """The recordings for these arguments, made if they are due; None: run operation by operation."""
@@ -212,7 +213,7 @@ class Recorded:
         arguments, tape, hs, gradient, results = self._lay(layout, plan, x, wants)
         space.latest = None  # recording writes into the block
         _copy_in(arguments, x)
-        recording = self._make(partial(forward, plan, arguments, tape, hs))
+        recording = self._make(space, partial(forward, plan, arguments, tape, hs))
         return Entry(arguments, tape, hs, gradient, results, recording)
 
     @staticmethod
@@ -232,11 +233,12 @@ class Recorded:
         return arguments, tape, hs, gradient, results
 
     def forward(self, plan: Plan, x: Arguments, wants: Wants) -> tuple[Tensor, Any]:
-        entry = self._entry(plan, x, wants)
-        if entry is None:
-            return self.eager.forward(plan, x, wants)
-        ticket = self._replay_forward(entry, x)
-        return entry.hs.clone(), ticket
+        with _on(x.inputs.device):
+            entry = self._entry(plan, x, wants)
+            if entry is None:
+                return self.eager.forward(plan, x, wants)
+            ticket = self._replay_forward(entry, x)
+            return entry.hs.clone(), ticket
 
     def _replay_forward(self, entry: Entry, x: Arguments) -> Ticket:
         _copy_in(entry.arguments, x)
@@ -249,6 +251,12 @@ class Recorded:
     ) -> tuple[Tensor | None, ...]:
         if isinstance(ticket, Tape):  # its forward pass was eager
             return self.eager.backward(plan, x, ticket, hs, gradient, wants)
+        with _on(x.inputs.device):
+            return self._backward(plan, x, ticket, hs, gradient, wants)
+
+    def _backward(
+        self, plan: Plan, x: Arguments, ticket: Ticket | None, hs: Tensor, gradient: Tensor, wants: Wants
+    ) -> tuple[Tensor | None, ...]:
         space = self._workspace(x)
         if ticket is None or ticket is not space.latest:
             entry = self._entry(plan, x, wants)
@@ -261,7 +269,7 @@ class Recorded:
         if entry.backward is None:
             entry.gradient.copy_(gradient)
             try:
-                entry.backward = self._make(partial(_backward, plan, entry, wants))
+                entry.backward = self._make(space, partial(_backward, plan, entry, wants))
             except RuntimeError as problem:
                 self._give_up(space, self._key(plan, x, wants), problem)
                 return self.eager.backward(plan, x, None, hs, gradient, wants)
@@ -284,6 +292,11 @@ def _backward(plan: Plan, entry: Entry, wants: Wants) -> None:
     assert entry.gradient is not None
     results = backward(plan, entry.arguments, entry.tape, entry.hs, entry.gradient, wants)
     _copy_in(entry.results, results)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Streams and recordings are those of the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _copy_in(places: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:

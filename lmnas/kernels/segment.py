@@ -31,7 +31,8 @@ from lmnas.errors import UserError, nearest
 from lmnas.kernels.reference import _FUNCTIONS, OPS, BatchNorm, Program, first_edge
 
 Products = Literal["full", "bf16"]
-"""`bf16` rounds the operands of a path's products to bfloat16; sums, products' results and states stay as they are."""
+"""`bf16` rounds the operands of a path's products to bfloat16 where it runs in float32; sums, results and states stay
+float32."""
 
 EPSILON = 1e-5
 """Of batch norm, as in `reference.normalise`."""
@@ -662,8 +663,9 @@ def recurrent_path_many(
     """
     stacked = torch.stack(list(w_nodes), 1)
     runner = runner or Eager()
+    products: Products = _products if inputs.dtype == torch.float32 else "full"
     if isinstance(programs, Program):
-        plan = Plan("path", len(programs.inputs), batch_norm, programs, products=_products, compiled=_compiled)
+        plan = Plan("path", len(programs.inputs), batch_norm, programs, products=products, compiled=_compiled)
         return run(runner, plan, Arguments(inputs, state, w_input, stacked, None, None, None, None, mask_x, mask_h))
     lengths = {len(program.inputs) for program in programs}
     if len(programs) != len(inputs) or len(lengths) != 1:
@@ -677,7 +679,7 @@ def recurrent_path_many(
     sources = torch.tensor([program.inputs for program in programs]).to(inputs.device, non_blocking=True)
     values = values.to(inputs.device, inputs.dtype, non_blocking=True)
     ops, shares = values[..., :-1], values[..., -1]
-    plan = Plan("paths", n_nodes, batch_norm, products=_products, compiled=_compiled)
+    plan = Plan("paths", n_nodes, batch_norm, products=products, compiled=_compiled)
     x = Arguments(inputs, state, w_input, stacked, ops[:, 0], ops[:, 1:], shares, sources, mask_x, mask_h)
     return run(runner, plan, x)
 
