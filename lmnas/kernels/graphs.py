@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lmnas.kernels import segment
 from lmnas.kernels.reference import BatchNorm, Program
-from lmnas.kernels.segment import Arguments, Eager, Plan, Tape, Wants, backward, forward, lay_tape
+from lmnas.kernels.segment import Arguments, Eager, Plan, Tape, Wants, backward, forward, lay_tape, result_of
 
 MAX_RECORDINGS = 128
 """Keys recorded at a time: all the random lengths of a training, its evaluation, and room."""
@@ -82,7 +82,6 @@ class Entry:
 
     arguments: Arguments
     tape: Tape
-    hs: Tensor
     gradient: Tensor | None
     results: tuple[Tensor | None, ...]
     forward: Recording
@@ -210,19 +209,17 @@ class Recorded:
         measured = _Layout(x.inputs)
         self._lay(measured, plan, x, wants)
         layout = _Layout(x.inputs, space.reserve(measured.offset, x.inputs.device))
-        arguments, tape, hs, gradient, results = self._lay(layout, plan, x, wants)
-        space.latest = None  # recording writes into the block
+        arguments, tape, gradient, results = self._lay(layout, plan, x, wants)
         _copy_in(arguments, x)
-        recording = self._make(space, partial(forward, plan, arguments, tape, hs))
-        return Entry(arguments, tape, hs, gradient, results, recording)
+        recording = self._make(space, partial(forward, plan, arguments, tape))
+        return Entry(arguments, tape, gradient, results, recording)
 
     @staticmethod
     def _lay(
         layout: _Layout, plan: Plan, x: Arguments, wants: Wants
-    ) -> tuple[Arguments, Tape, Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    ) -> tuple[Arguments, Tape, Tensor | None, tuple[Tensor | None, ...]]:
         arguments = Arguments._make(None if v is None else layout.take(v.shape, v.dtype) for v in x)
         tape = lay_tape(plan, x.inputs.shape, any(wants), layout.take)
-        hs = layout.take(x.inputs.shape)
         gradient = layout.take(x.inputs.shape) if any(wants) else None
         # `Arguments` begins with what gradients can be wanted of
         differentiable = x[: len(wants)]
@@ -230,7 +227,7 @@ class Recorded:
             layout.take(v.shape) if v is not None and wanted else None
             for v, wanted in zip(differentiable, wants, strict=True)
         )
-        return arguments, tape, hs, gradient, results
+        return arguments, tape, gradient, results
 
     def forward(self, plan: Plan, x: Arguments, wants: Wants) -> tuple[Tensor, Any]:
         with _on(x.inputs.device):
@@ -238,7 +235,7 @@ class Recorded:
             if entry is None:
                 return self.eager.forward(plan, x, wants)
             ticket = self._replay_forward(entry, x)
-            return entry.hs.clone(), ticket
+            return result_of(entry.tape), ticket
 
     def _replay_forward(self, entry: Entry, x: Arguments) -> Ticket:
         _copy_in(entry.arguments, x)
@@ -247,24 +244,23 @@ class Recorded:
         return ticket
 
     def backward(
-        self, plan: Plan, x: Arguments, ticket: Any, hs: Tensor, gradient: Tensor, wants: Wants
+        self, plan: Plan, x: Arguments, ticket: Any, gradient: Tensor, wants: Wants
     ) -> tuple[Tensor | None, ...]:
         if isinstance(ticket, Tape):  # its forward pass was eager
-            return self.eager.backward(plan, x, ticket, hs, gradient, wants)
+            return self.eager.backward(plan, x, ticket, gradient, wants)
         with _on(x.inputs.device):
-            return self._backward(plan, x, ticket, hs, gradient, wants)
+            return self._backward(plan, x, ticket, gradient, wants)
 
     def _backward(
-        self, plan: Plan, x: Arguments, ticket: Ticket | None, hs: Tensor, gradient: Tensor, wants: Wants
+        self, plan: Plan, x: Arguments, ticket: Ticket | None, gradient: Tensor, wants: Wants
     ) -> tuple[Tensor | None, ...]:
         space = self._workspace(x)
         if ticket is None or ticket is not space.latest:
             entry = self._entry(plan, x, wants)
             if entry is None:
-                return self.eager.backward(plan, x, None, hs, gradient, wants)
+                return self.eager.backward(plan, x, None, gradient, wants)
             ticket = self._replay_forward(entry, x)
         entry = ticket.entry
-        space.latest = None  # the tape serves once
         assert entry.gradient is not None
         if entry.backward is None:
             entry.gradient.copy_(gradient)
@@ -272,9 +268,8 @@ class Recorded:
                 entry.backward = self._make(space, partial(_backward, plan, entry, wants))
             except RuntimeError as problem:
                 self._give_up(space, self._key(plan, x, wants), problem)
-                return self.eager.backward(plan, x, None, hs, gradient, wants)
+                return self.eager.backward(plan, x, None, gradient, wants)
             self._replay_forward(entry, x)  # recording used the tape up
-            space.latest = None
         entry.gradient.copy_(gradient)
         entry.backward.replay()
         return tuple(None if result is None else result.clone() for result in entry.results)
@@ -290,7 +285,7 @@ class Recorded:
 
 def _backward(plan: Plan, entry: Entry, wants: Wants) -> None:
     assert entry.gradient is not None
-    results = backward(plan, entry.arguments, entry.tape, entry.hs, entry.gradient, wants)
+    results = backward(plan, entry.arguments, entry.tape, entry.gradient, wants)
     _copy_in(entry.results, results)
 
 

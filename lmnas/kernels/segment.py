@@ -129,17 +129,21 @@ class Wants(NamedTuple):
 class Tape(NamedTuple):
     """What forward writes and backward reads. T' is T, or 1 where nothing is kept.
 
+    Time comes first: what a step reads lies together and looks the same in segments of every length.
+
     Attributes:
-        pre_input: (S, T, B, 2H), [c, a] of node 0.
-        pre: [c, a] of the other nodes: by source (S, T', B, R 2H) for a `path`, else by node (S, T', L, B, 2H).
-        states: (S, T', N + 1, B, H).
-        deviations: (S, T', N + 1, H) with batch norm of nodes, (S, T', 1, H) of the output.
+        pre_input: (T, S, B, 2H), [c, a] of node 0.
+        pre: [c, a] of the other nodes: by source (T', S, B, R 2H) for a `path`, else by node (T', S, L, B, 2H).
+        states: (T', S, N + 1, B, H).
+        deviations: (T', S, N + 1, H) with batch norm of nodes, (T', S, 1, H) of the output.
+        hs: (T, S, B, H).
     """
 
     pre_input: Tensor
     pre: tuple[Tensor | None, ...]
     states: Tensor
     deviations: Tensor | None
+    hs: Tensor
 
 
 Allocate = Callable[[tuple[int, ...]], Tensor]
@@ -151,16 +155,17 @@ def lay_tape(plan: Plan, shape: Sequence[int], keep: bool, allocate: Allocate) -
     kept, n = t if keep else 1, plan.n_nodes
     pre: list[Tensor | None]
     if plan.kind == "path":
-        pre = [allocate((s, kept, b, len(readers) * 2 * h)) if readers else None for readers in plan.readers()]
+        pre = [allocate((kept, s, b, len(readers) * 2 * h)) if readers else None for readers in plan.readers()]
     else:
         widths = [i if plan.kind == "mixture" else 1 for i in range(1, n + 1)]
-        pre = [None, *(allocate((s, kept, length, b, 2 * h)) for length in widths)]
+        pre = [None, *(allocate((kept, s, length, b, 2 * h)) for length in widths)]
     normalised = {"none": 0, "nodes": n + 1, "output": 1}[plan.batch_norm]
     return Tape(
-        allocate((s, t, b, 2 * h)),
+        allocate((t, s, b, 2 * h)),
         tuple(pre),
-        allocate((s, kept, n + 1, b, h)),
-        allocate((s, kept, normalised, h)) if normalised else None,
+        allocate((kept, s, n + 1, b, h)),
+        allocate((kept, s, normalised, h)) if normalised else None,
+        allocate((t, s, b, h)),
     )
 
 
@@ -199,18 +204,28 @@ def _masked(states: Tensor, mask: Tensor | None) -> Tensor:
     return states * mask.view(mask.shape[0], *(1,) * (states.dim() - 3), *mask.shape[1:])
 
 
+def _add_masked(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    """x + y * mask for x and y of (S, ..., B, H)."""
+    if mask is None:
+        return x + y
+    return torch.addcmul(x, y, mask.view(mask.shape[0], *(1,) * (x.dim() - 3), *mask.shape[1:]))
+
+
 # ------------------------------------------------------------------------------------------------ between products
 
 
-def _slope(op: int, a: Tensor, value: Tensor) -> Tensor | None:
-    """f'(a) from a and f(a); None: one everywhere."""
+# Each operation is a kernel: what exists as one (x + y z, a derivative times a gradient) is called as one.
+
+
+def _derived(op: int, through: Tensor, a: Tensor, value: Tensor) -> Tensor:
+    """through * f'(a), with value = f(a)."""
     if OPS[op] == "tanh":
-        return 1 - value * value
+        return torch.ops.aten.tanh_backward(through, value)
     if OPS[op] == "relu":
-        return (a > 0).to(a.dtype)
+        return torch.ops.aten.threshold_backward(through, a, 0)
     if OPS[op] == "sigmoid":
-        return value * (1 - value)
-    return None
+        return torch.ops.aten.sigmoid_backward(through, value)
+    return through
 
 
 def gate(pre: Tensor, s: Tensor, op: int) -> Tensor:
@@ -222,48 +237,58 @@ def gate(pre: Tensor, s: Tensor, op: int) -> Tensor:
 def gate_backward(pre: Tensor, s: Tensor, g: Tensor, op: int) -> Tensor:
     """The gradient of s; that of pre is written over it. g: of the output."""
     c, a = pre.chunk(2, dim=-1)
-    value = _FUNCTIONS[op](a)
-    sigma = torch.sigmoid(c)
+    value, sigma = _FUNCTIONS[op](a), torch.sigmoid(c)
     through = g * sigma
-    slope = _slope(op, a, value)
-    dc = (through - through * sigma) * (value - s)
-    a.copy_(through if slope is None else through * slope)
+    dc = torch.ops.aten.sigmoid_backward(g * (value - s), sigma)
+    a.copy_(_derived(op, through, a, value))
     c.copy_(dc)
     return g - through
 
 
-def mixed(pre: Tensor, s: Tensor, p: Tensor) -> Tensor:
+def totals(p: Tensor) -> Tensor:
+    """(S, L, K + 2, 1, 1): weights of operations, their sum, and the slope that does not depend on a."""
+    return torch.cat([p, p.sum(-1, keepdim=True), p[..., :1] + p[..., 3:]], -1)[..., None, None]
+
+
+def mixed(pre: Tensor, s: Tensor, w: Tensor) -> Tensor:
     """(S, B, H): sum_j P_j s_j + sigmoid(c_j) * (sum_k p_jk f_k(a_j) - P_j s_j) over the L edges into a node.
 
     Args:
         pre: (S, L, B, 2H).
         s: (S, L, B, H).
-        p: (S, L, K).
+        w: `totals` of p (S, L, K).
     """
     c, a = pre.chunk(2, dim=-1)
-    w = p[..., None, None]
-    f = w[:, :, 0] * torch.tanh(a) + w[:, :, 1] * torch.relu(a) + w[:, :, 2] * torch.sigmoid(a) + w[:, :, 3] * a
-    return torch.lerp(w.sum(2) * s, f, torch.sigmoid(c)).sum(1)
+    f = w[:, :, 0] * torch.tanh(a)
+    f = torch.addcmul(f, w[:, :, 1], torch.relu(a))
+    f = torch.addcmul(f, w[:, :, 2], torch.sigmoid(a))
+    f = torch.addcmul(f, w[:, :, 3], a)
+    edges = torch.lerp(w[:, :, 4] * s, f, torch.sigmoid(c))
+    return edges[:, 0] if edges.shape[1] == 1 else edges.sum(1)
 
 
-def mixed_backward(pre: Tensor, s: Tensor, p: Tensor, g: Tensor, wants_p: bool) -> tuple[Tensor, Tensor | None]:
+def mixed_backward(pre: Tensor, s: Tensor, w: Tensor, g: Tensor, wants_p: bool) -> tuple[Tensor, Tensor | None]:
     """The gradients of s (S, L, B, H) and p (S, L, K); that of pre is written over it. g: (S, B, H), of the output."""
     c, a = pre.chunk(2, dim=-1)
-    w = p[..., None, None]
+    g = g[:, None]
     tanh, relu, sigmoid, sigma = torch.tanh(a), torch.relu(a), torch.sigmoid(a), torch.sigmoid(c)
-    f = w[:, :, 0] * tanh + w[:, :, 1] * relu + w[:, :, 2] * sigmoid + w[:, :, 3] * a
-    total = w.sum(2)
-    through = g[:, None] * sigma
-    kept = g[:, None] - through
+    weighted_tanh, weighted_sigmoid = w[:, :, 0] * tanh, w[:, :, 2] * sigmoid
+    f = torch.addcmul(weighted_tanh + weighted_sigmoid, w[:, :, 1], relu)
+    f = torch.addcmul(f, w[:, :, 3], a)
+    through = g * sigma
+    kept = g - through
     d_p = None
     if wants_p:
-        carried = (kept * s).sum((2, 3))
-        d_p = torch.stack([(through * value).sum((2, 3)) + carried for value in (tanh, relu, sigmoid, a)], -1)
-    slope = w[:, :, 0] * (1 - tanh * tanh) + w[:, :, 1] * (a > 0) + w[:, :, 2] * (sigmoid * (1 - sigmoid)) + w[:, :, 3]
-    dc = (through - through * sigma) * (f - total * s)
+        values = torch.stack([(through * value).sum((2, 3)) for value in (tanh, relu, sigmoid, a)], -1)
+        d_p = values + (kept * s).sum((2, 3))[..., None]
+    # p_0 (1 - tanh^2) + p_1 [a > 0] + p_2 (sigmoid - sigmoid^2) + p_3
+    slope = torch.addcmul(w[:, :, 5], weighted_tanh, tanh, value=-1)
+    slope = torch.addcmul(slope + weighted_sigmoid, weighted_sigmoid, sigmoid, value=-1)
+    slope = slope + torch.ops.aten.threshold_backward(w[:, :, 1].expand_as(a), a, 0)
+    dc = torch.ops.aten.sigmoid_backward(g * torch.addcmul(f, w[:, :, 4], s, value=-1), sigma)
     a.copy_(through * slope)
     c.copy_(dc)
-    return kept * total, d_p
+    return kept * w[:, :, 4], d_p
 
 
 def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,7 +300,8 @@ def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def normalise_backward(g: Tensor, y: Tensor, deviation: Tensor) -> Tensor:
     """The gradient of x from that of y = normalise(x)."""
-    return deviation[:, None] * (g - g.mean(1, keepdim=True) - y * (g * y).mean(1, keepdim=True))
+    centred = g - g.mean(1, keepdim=True)
+    return deviation[:, None] * torch.addcmul(centred, y, (g * y).mean(1, keepdim=True), value=-1)
 
 
 class _Pointwise:
@@ -320,46 +346,56 @@ def _slots(plan: Plan) -> list[int]:
 
 
 def _source_rows(sources: Tensor, steps: int, nodes: int) -> Tensor:
-    """(T', N, S): rows of states (S T' (N + 1), B, H) that node 1..N of each seed reads at each step."""
-    first = torch.arange(len(sources) * steps, device=sources.device).view(len(sources), steps, 1) * nodes
-    return (first + sources[:, None]).permute(1, 2, 0).contiguous()
+    """(T', N, S): rows of states (T' S (N + 1), B, H) that node 1..N of each seed reads at each step."""
+    first = torch.arange(len(sources) * steps, device=sources.device).view(steps, len(sources), 1) * nodes
+    return (first + sources).transpose(1, 2).contiguous()
 
 
-def _mean_of(states: Tensor, outputs: tuple[int, ...]) -> Tensor:
-    """(S, B, H) from (S, N + 1, B, H); nodes that do not count are not read, as they may be infinite."""
+def _pieces(outputs: tuple[int, ...]) -> list[slice]:
+    """Slices that make up these nodes and no others: those that do not count are not read, as they may be infinite.
+
+    An index list would have to be sent to the device, which cannot be recorded.
+    """
     if outputs == tuple(range(outputs[0], outputs[-1] + 1)):
-        return states[:, outputs[0] : outputs[-1] + 1].mean(1)
-    return torch.stack([states[:, node] for node in outputs]).mean(0)
+        return [slice(outputs[0], outputs[-1] + 1)]
+    return [slice(node, node + 1) for node in outputs]
 
 
-def forward(plan: Plan, x: Arguments, tape: Tape, hs: Tensor) -> None:
-    """Write h after every step into `hs`, (S, T, B, H)."""
+def forward(plan: Plan, x: Arguments, tape: Tape) -> None:
+    """Write h after every step into `tape.hs`."""
     s, t_all, b, h = x.inputs.shape
-    keep = tape.states.shape[1] == t_all
+    keep = len(tape.states) == t_all
     run, nodes = _Pointwise(plan.compiled), plan.n_nodes + 1
     w_h = x.w_input[:, h:]
-    flat = tape.pre_input.view(s, t_all * b, 2 * h)
-    _multiply_into(flat, _masked(x.inputs, x.mask_x).reshape(s, t_all * b, h), x.w_input[:, :h], plan.products)
+    # one product of (S, T B, .); for one seed the tape has that order already
+    reads = _masked(x.inputs, x.mask_x).reshape(s, t_all * b, h)
+    if s == 1:
+        _multiply_into(tape.pre_input.view(1, t_all * b, 2 * h), reads, x.w_input[:, :h], plan.products)
+    else:
+        projected = _multiply(reads, x.w_input[:, :h], plan.products)
+        tape.pre_input.copy_(projected.view(s, t_all, b, 2 * h).transpose(0, 1))
     if plan.kind == "path":
         packed, slots = _packed(plan, x.w_nodes), _slots(plan)
-    elif plan.kind == "paths":
+    else:
+        w_first, w_edges = _weights(x)
+    if plan.kind == "paths":
         assert x.sources is not None
-        rows = _source_rows(x.sources, tape.states.shape[1], nodes)
+        rows = _source_rows(x.sources, len(tape.states), nodes)
     # a node's masked state, for all that read it
-    masked = None if x.mask_h is None or plan.kind != "mixture" else torch.empty_like(tape.states[:, 0])
+    masked = None if x.mask_h is None or plan.kind != "mixture" else torch.empty_like(tape.states[0])
 
     def keep_state(k: int, node: int, value: Tensor) -> Tensor:
-        state = tape.states[:, k, node]
+        state = tape.states[k, :, node]
         if plan.batch_norm == "nodes":
             assert tape.deviations is not None
             value, deviation = run(normalise, value)
-            tape.deviations[:, k, node].copy_(deviation)
+            tape.deviations[k, :, node].copy_(deviation)
         return state.copy_(value)
 
     previous = x.state
     for t in range(t_all):
         k = t if keep else 0
-        pre, states = tape.pre_input[:, t], tape.states[:, k]
+        pre, states = tape.pre_input[t], tape.states[k]
         _multiply_into(pre, _masked(previous, x.mask_h), w_h, plan.products, accumulate=True)
         for node in range(nodes):
             if plan.kind == "path":
@@ -368,58 +404,66 @@ def forward(plan: Plan, x: Arguments, tape: Tape, hs: Tensor) -> None:
                 if node > 0:
                     source, product = states[:, plan.program.inputs[node - 1]], tape.pre[plan.program.inputs[node - 1]]
                     assert product is not None
-                    pre = product[:, k, :, slots[node - 1] * 2 * h : (slots[node - 1] + 1) * 2 * h]
+                    pre = product[k, :, :, slots[node - 1] * 2 * h : (slots[node - 1] + 1) * 2 * h]
                 state = keep_state(k, node, run(gate, pre, source, plan.program.ops[node]))
                 weights, product = packed[node], tape.pre[node]
                 if weights is not None and product is not None:
-                    _multiply_into(product[:, k], _masked(state, x.mask_h), weights, plan.products)
+                    _multiply_into(product[k], _masked(state, x.mask_h), weights, plan.products)
                 continue
-            assert x.p_input is not None and x.p_edges is not None
             if node == 0:
-                sources, pre, p = previous[:, None], pre[:, None], x.p_input[:, None]
+                sources, pre, w = previous[:, None], pre[:, None], w_first
             else:
                 product = tape.pre[node]
                 assert product is not None
-                pre = product[:, k]
+                pre = product[k]
                 if plan.kind == "paths":
-                    sources = tape.states.view(-1, b, h).index_select(0, rows[k, node - 1])[:, None]
-                    p = x.p_edges[:, node - 1 : node]
+                    sources, w = tape.states.view(-1, b, h).index_select(0, rows[k, node - 1])[:, None], w_edges[node]
                     _multiply_into(pre[:, 0], _masked(sources[:, 0], x.mask_h), x.w_nodes[:, node - 1], plan.products)
                 else:
                     first = first_edge(node)
-                    sources, p = states[:, :node], x.p_edges[:, first : first + node]
+                    sources, w = states[:, :node], w_edges[node]
                     read = sources if masked is None else masked[:, :node]
                     if plan.per_edge:
                         pre.copy_(read @ x.w_nodes[:, first : first + node])
                     else:
                         _multiply_into(pre.flatten(1, 2), read.flatten(1, 2), x.w_nodes[:, node - 1], plan.products)
-            state = keep_state(k, node, run(mixed, pre, sources, p))
+            state = keep_state(k, node, run(mixed, pre, sources, w))
             if masked is not None and x.mask_h is not None:
                 torch.mul(state, x.mask_h, out=masked[:, node])
         if plan.kind == "path":
             assert plan.program is not None
-            value = _mean_of(states, plan.program.outputs)
+            pieces = [states[:, piece] for piece in _pieces(plan.program.outputs)]
+            value = (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)).mean(1)
         else:
             assert x.shares is not None
             value = torch.bmm(x.shares[:, None], states.flatten(2)).view(s, b, h)
         if plan.batch_norm == "output":
             assert tape.deviations is not None
             value, deviation = run(normalise, value)
-            tape.deviations[:, k, 0].copy_(deviation)
-        previous = hs[:, t].copy_(value)
+            tape.deviations[k, :, 0].copy_(deviation)
+        previous = tape.hs[t].copy_(value)
+
+
+def _weights(x: Arguments) -> tuple[Tensor, list[Tensor]]:
+    """`totals` of node 0, and by node 1..N (the first is not used)."""
+    assert x.p_input is not None and x.p_edges is not None
+    everything = totals(x.p_edges)
+    if x.sources is not None:
+        return totals(x.p_input[:, None]), [everything, *everything.split(1, 1)]
+    n_nodes = 0
+    while first_edge(n_nodes + 1) < x.p_edges.shape[1]:
+        n_nodes += 1
+    return totals(x.p_input[:, None]), [everything, *everything.split(list(range(1, n_nodes + 1)), 1)]
 
 
 # ------------------------------------------------------------------------------------------------ backward
 
 
-def backward(
-    plan: Plan, x: Arguments, tape: Tape, hs: Tensor, gradient: Tensor, wants: Wants
-) -> tuple[Tensor | None, ...]:
+def backward(plan: Plan, x: Arguments, tape: Tape, gradient: Tensor, wants: Wants) -> tuple[Tensor | None, ...]:
     """Gradients in the order of `Wants`, None where not wanted. Uses the tape up.
 
     Args:
-        hs: what `forward` wrote.
-        gradient: (S, T, B, H), of hs.
+        gradient: (S, T, B, H), of the result.
     """
     s, t_all, b, h = x.inputs.shape
     run, nodes = _Pointwise(plan.compiled), plan.n_nodes + 1
@@ -430,72 +474,73 @@ def backward(
     d_shares = None if x.shares is None else torch.zeros_like(x.shares)
     if plan.kind == "path":
         packed, slots = _packed(plan, x.w_nodes), _slots(plan)
-    elif plan.kind == "paths":
+    else:
+        w_first, w_edges = _weights(x)
+    if plan.kind == "paths":
         assert x.sources is not None
         rows = _source_rows(x.sources, t_all, nodes)
-        step_rows = _source_rows(x.sources, 1, nodes)[0]
 
     d_h = torch.zeros_like(x.state)
     for t in range(t_all - 1, -1, -1):
-        states = tape.states[:, t]
-        g = gradient[:, t] + d_h
+        states = tape.states[t]
+        g = d_h + gradient[:, t]
         if plan.batch_norm == "output":
             assert tape.deviations is not None
-            g = run(normalise_backward, g, hs[:, t], tape.deviations[:, t, 0])
+            g = run(normalise_backward, g, tape.hs[t], tape.deviations[t, :, 0])
         if plan.kind == "path":
             assert plan.program is not None
+            outputs = plan.program.outputs
             d_states = states.new_zeros(s, nodes, b, h)
-            share = g / len(plan.program.outputs)
-            for node in plan.program.outputs:
-                d_states[:, node].copy_(share)
+            share = (g / len(outputs))[:, None]
+            for piece in _pieces(outputs):
+                d_states[:, piece] = share
         else:
             assert x.shares is not None and d_shares is not None
             d_states = x.shares[:, :, None, None] * g[:, None]
             if wants.shares:
                 d_shares += torch.bmm(states.flatten(2), g.flatten(1)[..., None])[..., 0]
 
-        previous = x.state if t == 0 else hs[:, t - 1]
+        previous = x.state if t == 0 else tape.hs[t - 1]
         for node in range(nodes - 1, -1, -1):
             g = d_states[:, node]
             if plan.kind == "path" and packed[node] is not None:
                 weights, product = packed[node], tape.pre[node]
                 assert weights is not None and product is not None
-                g = g + _masked(_multiply(product[:, t], weights.transpose(1, 2), plan.products), x.mask_h)
+                g = _add_masked(g, _multiply(product[t], weights.transpose(1, 2), plan.products), x.mask_h)
             if plan.batch_norm == "nodes":
                 assert tape.deviations is not None
-                g = run(normalise_backward, g, states[:, node], tape.deviations[:, t, node])
+                g = run(normalise_backward, g, states[:, node], tape.deviations[t, :, node])
             if plan.kind == "path":
                 assert plan.program is not None
                 op = plan.program.ops[node]
                 if node == 0:
-                    d_h = run(gate_backward, tape.pre_input[:, t], previous, g, op)
+                    d_h = run(gate_backward, tape.pre_input[t], previous, g, op)
                     continue
                 source, slot = plan.program.inputs[node - 1], slots[node - 1]
                 product = tape.pre[source]
                 assert product is not None
-                pre = product[:, t, :, slot * 2 * h : (slot + 1) * 2 * h]
+                pre = product[t, :, :, slot * 2 * h : (slot + 1) * 2 * h]
                 d_states[:, source] += run(gate_backward, pre, states[:, source], g, op)
                 continue
-            assert x.p_input is not None and x.p_edges is not None and d_p_input is not None and d_p_edges is not None
+            assert d_p_input is not None and d_p_edges is not None
             if node == 0:
-                pre, p = tape.pre_input[:, t, None], x.p_input[:, None]
-                d_sources, d_p = run(mixed_backward, pre, previous[:, None], p, g, wants_p)
+                d_sources, d_p = run(mixed_backward, tape.pre_input[t][:, None], previous[:, None], w_first, g, wants_p)
                 d_h = d_sources[:, 0]
                 if d_p is not None:
                     d_p_input += d_p[:, 0]
                 continue
             product = tape.pre[node]
             assert product is not None
-            pre = product[:, t]
+            pre = product[t]
             if plan.kind == "paths":
                 sources = tape.states.view(-1, b, h).index_select(0, rows[t, node - 1])[:, None]
-                d_sources, _ = run(mixed_backward, pre, sources, x.p_edges[:, node - 1 : node], g, False)
+                d_sources, _ = run(mixed_backward, pre, sources, w_edges[node], g, False)
                 back = _multiply(pre[:, 0], x.w_nodes[:, node - 1].transpose(1, 2), plan.products)
                 # each row at most once: the order of additions is fixed
-                d_states.view(-1, b, h).index_add_(0, step_rows[node - 1], d_sources[:, 0] + _masked(back, x.mask_h))
+                d_states.view(-1, b, h).index_add_(0, rows[0, node - 1], _add_masked(d_sources[:, 0], back, x.mask_h))
                 continue
             first = first_edge(node)
-            d_sources, d_p = run(mixed_backward, pre, states[:, :node], x.p_edges[:, first : first + node], g, wants_p)
+            d_sources, d_p = run(mixed_backward, pre, states[:, :node], w_edges[node], g, wants_p)
             if d_p is not None:
                 d_p_edges[:, first : first + node] += d_p
             if plan.per_edge:
@@ -503,17 +548,19 @@ def backward(
             else:
                 back = _multiply(pre.flatten(1, 2), x.w_nodes[:, node - 1].transpose(1, 2), plan.products)
                 back = back.view(s, node, b, h)
-            d_states[:, :node] += d_sources + _masked(back, x.mask_h)
+            d_states[:, :node] += _add_masked(d_sources, back, x.mask_h)
         if t > 0 or wants.state:
-            d_h = d_h + _masked(_multiply(tape.pre_input[:, t], w_h_back, plan.products), x.mask_h)
+            d_h = _add_masked(d_h, _multiply(tape.pre_input[t], w_h_back, plan.products), x.mask_h)
 
-    d_pre = tape.pre_input.view(s, t_all * b, 2 * h)
+    d_pre = tape.pre_input.transpose(0, 1)
     d_inputs = d_w_input = d_w_nodes = None
     if wants.inputs:
-        d_inputs = _multiply(d_pre, x.w_input[:, :h].transpose(1, 2), plan.products).view(s, t_all, b, h)
+        d_inputs = _multiply(d_pre.reshape(s, t_all * b, 2 * h), x.w_input[:, :h].transpose(1, 2), plan.products).view(
+            s, t_all, b, h
+        )
         d_inputs = _masked(d_inputs, x.mask_x)
     if wants.w_input:
-        history = torch.cat([x.state[:, None], hs[:, :-1]], 1)
+        history = torch.cat([x.state[:, None], tape.hs[:-1].transpose(0, 1)], 1)
         reads = torch.cat([_masked(x.inputs, x.mask_x), _masked(history, x.mask_h)], -1)
         d_w_input = _over_time(reads, d_pre, plan.products)
     if wants.w_nodes:
@@ -540,12 +587,14 @@ def _weight_gradients(plan: Plan, x: Arguments, tape: Tape) -> Tensor:
     """(S, M, H, 2H)."""
     s, t_all, b, h = x.inputs.shape
     result = torch.empty_like(x.w_nodes)
+    states = tape.states.transpose(0, 1)
     if plan.kind == "path":
         for source, readers in enumerate(plan.readers()):
             product = tape.pre[source]
             if product is None:
                 continue
-            whole = _over_time(_masked(tape.states[:, :, source], x.mask_h), product, plan.products)
+            reads = _masked(states[:, :, source], x.mask_h)
+            whole = _over_time(reads, product.transpose(0, 1), plan.products)
             for slot, node in enumerate(readers):
                 result[:, node - 1] = whole[..., slot * 2 * h : (slot + 1) * 2 * h]
         return result
@@ -555,16 +604,18 @@ def _weight_gradients(plan: Plan, x: Arguments, tape: Tape) -> Tensor:
     for node in range(1, plan.n_nodes + 1):
         product = tape.pre[node]
         assert product is not None
+        d_pre = product.transpose(0, 1)
         if plan.kind == "paths":
             reads = tape.states.view(-1, b, h).index_select(0, rows[:, node - 1].t().flatten())
-            result[:, node - 1] = _over_time(_masked(reads.view(s, t_all, b, h), x.mask_h), product, plan.products)
+            reads = _masked(reads.view(s, t_all, b, h), x.mask_h)
+            result[:, node - 1] = _over_time(reads, d_pre, plan.products)
         elif plan.per_edge:
-            reads = _masked(tape.states[:, :, :node], x.mask_h).transpose(1, 2).reshape(s, node, t_all * b, h)
-            d_pre = product.transpose(1, 2).reshape(s, node, t_all * b, 2 * h)
+            reads = _masked(states[:, :, :node], x.mask_h).transpose(1, 2).reshape(s, node, t_all * b, h)
+            d_pre = d_pre.transpose(1, 2).reshape(s, node, t_all * b, 2 * h)
             result[:, first_edge(node) : first_edge(node + 1)] = reads.transpose(-1, -2) @ d_pre
         else:
-            reads = _masked(tape.states[:, :, :node], x.mask_h)
-            result[:, node - 1] = _over_time(reads, product, plan.products)
+            reads = _masked(states[:, :, :node], x.mask_h)
+            result[:, node - 1] = _over_time(reads, d_pre, plan.products)
     return result
 
 
@@ -579,7 +630,7 @@ class Runner(Protocol):
         ...
 
     def backward(
-        self, plan: Plan, x: Arguments, ticket: Any, hs: Tensor, gradient: Tensor, wants: Wants
+        self, plan: Plan, x: Arguments, ticket: Any, gradient: Tensor, wants: Wants
     ) -> tuple[Tensor | None, ...]:
         """Gradients in the order of `Wants`; `ticket` None: its tape was used up."""
         ...
@@ -588,21 +639,24 @@ class Runner(Protocol):
 class Eager:
     """Operation by operation."""
 
-    def _forward(self, plan: Plan, x: Arguments, keep: bool) -> tuple[Tensor, Tape]:
-        hs = torch.empty_like(x.inputs)
-        tape = lay_tape(plan, hs.shape, keep, hs.new_empty)
-        forward(plan, x, tape, hs)
-        return hs, tape
+    def _forward(self, plan: Plan, x: Arguments, keep: bool) -> Tape:
+        tape = lay_tape(plan, x.inputs.shape, keep, x.inputs.new_empty)
+        forward(plan, x, tape)
+        return tape
 
     def forward(self, plan: Plan, x: Arguments, wants: Wants) -> tuple[Tensor, Tape | None]:
-        hs, tape = self._forward(plan, x, any(wants))
-        return hs, tape if any(wants) else None
+        tape = self._forward(plan, x, any(wants))
+        return result_of(tape), tape if any(wants) else None
 
     def backward(
-        self, plan: Plan, x: Arguments, ticket: Tape | None, hs: Tensor, gradient: Tensor, wants: Wants
+        self, plan: Plan, x: Arguments, ticket: Tape | None, gradient: Tensor, wants: Wants
     ) -> tuple[Tensor | None, ...]:
-        tape = self._forward(plan, x, True)[1] if ticket is None else ticket
-        return backward(plan, x, tape, hs, gradient, wants)
+        return backward(plan, x, self._forward(plan, x, True) if ticket is None else ticket, gradient, wants)
+
+
+def result_of(tape: Tape) -> Tensor:
+    """(S, T, B, H), a copy: the tape stays what it is whatever becomes of the result."""
+    return tape.hs.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 class _Segment(torch.autograd.Function):
@@ -613,16 +667,15 @@ class _Segment(torch.autograd.Function):
         hs, ticket = runner.forward(plan, x, wants)
         if any(wants):
             context.runner, context.plan, context.wants, context.ticket = runner, plan, wants, ticket
-            context.save_for_backward(hs, *x)  # also notices weights that were changed in place
+            context.save_for_backward(*x)  # also notices weights that were changed in place
         return hs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(context, gradient: Tensor):
-        hs, *values = (None if value is None else value.detach() for value in context.saved_tensors)
+        x = Arguments._make(None if value is None else value.detach() for value in context.saved_tensors)
         ticket, context.ticket = context.ticket, None  # a graph that is retained comes again
-        x = Arguments._make(values)
-        return (None,) * 5 + context.runner.backward(context.plan, x, ticket, hs, gradient, context.wants)
+        return (None,) * 5 + context.runner.backward(context.plan, x, ticket, gradient, context.wants)
 
 
 def run(runner: Runner, plan: Plan, x: Arguments) -> Tensor:

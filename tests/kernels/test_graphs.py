@@ -9,6 +9,7 @@ import logging
 import pytest
 import torch
 from segments import Problem, assert_equal, errors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmnas.kernels import Program, dispatch, graphs, kernel_in_use, segment, set_kernel
 from lmnas.kernels.graphs import Recorded
@@ -21,7 +22,21 @@ from lmnas.train import Training, WeightTraining
 
 PROGRAM = Program((0, 1, 2, 0), (0, 0, 1), (1, 2, 3))
 OTHER = Program((3, 2, 1, 0), (0, 1, 2), (0, 3))
-KINDS = {"path": PROGRAM, "paths": [PROGRAM, OTHER], "mixture": None}
+KINDS = {"path": PROGRAM, "loose ends": OTHER, "paths": [PROGRAM, OTHER], "mixture": None}
+
+
+class Recordable(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot record: values that come from the processor or go to it."""
+
+    REFUSED = frozenset({"lift_fresh", "_local_scalar_dense", "nonzero", "equal", "masked_select"})
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.overloadpacket.__name__
+        by_value = name == "index" and any(i is not None and i.dtype == torch.bool for i in arguments[1])
+        moved = name == "_to_copy" and (keywords or {}).get("device") is not None
+        if name in self.REFUSED or by_value or moved:
+            raise AssertionError(f"{name} cannot be recorded")
+        return function(*arguments, **(keywords or {}))
 
 
 class Rerun:
@@ -29,7 +44,8 @@ class Rerun:
 
     def __init__(self, function):
         self.function = function
-        function()
+        with Recordable():
+            function()
 
     def replay(self):
         self.function()
@@ -234,6 +250,22 @@ def test_where_recording_fails_it_runs_anyway(failing, device, caplog):
         "kernel: a segment runs without a CUDA graph, which is slower: operation not permitted when stream is capturing"
     ]
     assert len(calls) == failing + 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[[0, 2]],
+        lambda x: x * torch.tensor([2.0]),
+        lambda x: x if x.sum() > 0 else -x,
+        lambda x: x[x > 0],
+        lambda x: x.to("meta"),
+    ],
+)
+def test_the_check_can_fail(function):
+    """A constant, an index list, a decision by value, a shape by value, a copy between devices."""
+    with pytest.raises(AssertionError, match="cannot be recorded"):
+        Rerun(lambda: function(torch.ones(3)))
 
 
 def test_dispatch(restored, monkeypatch):
