@@ -11,6 +11,11 @@ import torch
 from segments import Problem, assert_equal, errors
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lmnas.estimators.shared import Shared
+from lmnas.files import read_events
+from lmnas.genotype import load_genotype
+from lmnas.job import Job
+from lmnas.jobs import build_model
 from lmnas.kernels import Program, dispatch, graphs, kernel_in_use, segment, set_kernel
 from lmnas.kernels.graphs import Recorded
 from lmnas.ops.dropout import draw_mask
@@ -18,7 +23,8 @@ from lmnas.protocols import LearnStep
 from lmnas.seeds import generator, rng
 from lmnas.spaces.recurrent_cell import RecurrentCell
 from lmnas.strategies.gradient import Gradient, architecture_gradient
-from lmnas.train import Training, WeightTraining
+from lmnas.strategies.random_search import RandomSearch
+from lmnas.train import Optimizer, Training, WeightTraining, fit, initialise
 
 PROGRAM = Program((0, 1, 2, 0), (0, 0, 1), (1, 2, 3))
 OTHER = Program((3, 2, 1, 0), (0, 1, 2), (0, 3))
@@ -337,6 +343,36 @@ def test_architecture_gradient_is_the_same(order, tiny_task, recorded, device, m
             weights.update(batch, {name: p.to(device) for name, p in strategy.choice(0).items()})
     assert recorded.made
     assert max(errors(results["recorded"], results["reference"])) < 1e-8
+
+
+@pytest.mark.parametrize("kind", ["training", "shared weights"])
+def test_a_training_is_the_same(kind, tiny_task, device, tmp_path, monkeypatch, float64):
+    """Random lengths, dropout, evaluation between epochs; sampled paths: recordings are made as they come."""
+    runner = runner_for(device, after=1, max_recordings=4)
+    settings = Training(
+        epochs=2 if kind == "training" else 1,
+        model={"width": 8, "dropout_output": 0.2, "dropout_hidden": 0.2, "dropout_x": 0.2},
+        batches={"batch_size": 8, "bptt": 9, "length_std": 2.0},
+        optimizer=Optimizer(learning_rate=1.0),
+    )
+    curves = []
+    for kernel in ("reference", "recorded"):
+        if kernel == "recorded":
+            monkeypatch.setattr(graphs, "takes", lambda *_: True)
+            monkeypatch.setattr(graphs, "_runner", lambda _: runner)
+            monkeypatch.setattr(dispatch, "kernel_in_use", lambda device="cpu": "graphs")
+        job, on = Job(tmp_path / kernel), torch.device(device)
+        if kind == "training":
+            model = initialise(build_model(tiny_task, load_genotype("enas"), settings), 0).to(on)
+            fit(model, tiny_task, settings, 0, job, on)
+        else:
+            space = RecurrentCell(n_nodes=3, output="loose-ends", sharing="edge", batch_norm="output")
+            estimator = Shared(space, tiny_task, 0, on, training=settings)
+            estimator.prepare(RandomSearch(space, tiny_task.objective, 0), job)
+        events = [e for e in read_events(job.directory / "events.jsonl") if e["event"] == "epoch"]
+        curves += [[value for e in events for value in (e["train_loss"], e["valid"]) if value is not None]]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-8)
+    assert len(runner.made) > 4
 
 
 @pytest.mark.gpu
