@@ -276,7 +276,12 @@ class Stream(Protocol):
 
 
 class Model(Protocol):
-    """A body with its task's head (an `nn.Module`); calling it gives the loss of one batch."""
+    """A body with its task's head (an `nn.Module`); calling it gives the loss of one batch.
+
+    A class may have `forward_many(models, batches, carries, masks)`, the results of calling each of several models of
+    one size, for `train.fit_many`; and a body's class `forward_many(bodies, inputs, states, masks)`, with inputs and
+    outputs of (S, T, B, H) for S bodies whose state is their last output. Others run one after the other.
+    """
 
     def initialise(self, generator: torch.Generator) -> None: ...
     def draw_masks(self, batch: Batch, generator: torch.Generator) -> Masks: ...

@@ -155,7 +155,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": threads,
-        "kernel": kernel_in_use() if device.type == "cpu" else "reference",
+        "kernel": kernel_in_use(device.type),
     }
 
 

@@ -9,20 +9,22 @@ Departures from the DARTS code: the averages are a running mean beside the weigh
 lags a step behind as in torch's ASGD; NaN alone triggers recovery, not any exception.
 """
 
+import functools
 import math
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from safetensors.torch import save as save_tensors
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
-from lmnas.errors import Diverged
+from lmnas.errors import Diverged, Interrupted
 from lmnas.files import to_device, write_atomic
 from lmnas.job import Job
-from lmnas.protocols import Batch, Choice, Objective, Task
+from lmnas.protocols import Batch, Choice, Objective, State, Task
 from lmnas.registry import STRICT, checked, settings_model
 from lmnas.seeds import generator
 
@@ -131,6 +133,10 @@ class WeightTraining:
         loss, carry = self.model(batch, self.stream.carry, self.masks("weights", batch), choice)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        return self.apply(batch, loss, carry)
+
+    def apply(self, batch: Batch, loss: Tensor, carry: State) -> float:
+        """The optimiser's step, once the gradients of `loss` are there; the rest is as in `update`."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf, foreach=True)
         value, norm_value = torch.stack([loss.detach(), norm.to(loss.dtype)]).tolist()
         if not (math.isfinite(value) and math.isfinite(norm_value)):
@@ -240,6 +246,109 @@ def fit(
         Diverged: not finite again and again.
         Interrupted: a stop was asked for; the state is saved.
     """
+    steps = _fit(model, task, training, seed, job, device, purpose)
+    try:
+        weights, batch = next(steps)
+        while True:
+            try:
+                value = weights.update(batch)
+            except NotFinite as problem:
+                weights, batch = steps.throw(problem)
+            else:
+                weights, batch = steps.send(value)
+    except StopIteration as finished:
+        return finished.value
+
+
+Steps = Generator[tuple[WeightTraining, Batch], float, dict[str, Any]]
+"""A training that asks for its weights' updates: it yields a batch and is sent the loss, or thrown NotFinite."""
+
+
+def fit_many(
+    models: Sequence[nn.Module],
+    task: Task,
+    training: Training,
+    seeds: Sequence[int],
+    jobs: Sequence[Job],
+    device: torch.device,
+    purpose: str = "training",
+) -> list[dict[str, Any] | Diverged]:
+    """`fit` of several models of one size, each with its own seed and job, their updates made at once.
+
+    Everything but the forward and backward pass of an update is each training's own, as in `fit`: batches, masks,
+    clipping, rate, averaging, validation, checkpoints, recoveries. Values differ from `fit`'s by rounding alone, as a
+    batched product may sum in another order; a job that `fit` began can be continued here, and the other way round.
+    Once a training ends the others go on without it. `tokens_per_second` counts one training's tokens.
+
+    Returns:
+        For each model what `fit` returns, or the `Diverged` that it would raise.
+
+    Raises:
+        Interrupted: a stop was asked of a job; every training that heard of it has saved its state.
+    """
+    fits = [
+        _fit(model, task, training, seed, job, device, purpose)
+        for model, seed, job in zip(models, seeds, jobs, strict=True)
+    ]
+    due: dict[int, tuple[WeightTraining, Batch]] = {}
+    results: dict[int, dict[str, Any] | Diverged] = {}
+    interrupted: Interrupted | None = None
+
+    def advance(number: int, step: Callable[[], tuple[WeightTraining, Batch]]) -> None:
+        nonlocal interrupted
+        try:
+            due[number] = step()
+        except StopIteration as finished:
+            results[number] = finished.value
+        except Diverged as failure:
+            results[number] = failure
+        except Interrupted as stop:
+            interrupted = stop
+
+    for number, steps in enumerate(fits):
+        advance(number, functools.partial(next, steps))
+    while due:
+        asked = dict(due)
+        due.clear()
+        for number, outcome in zip(asked, _update_many(list(asked.values())), strict=True):
+            steps = fits[number]
+            if isinstance(outcome, NotFinite):
+                advance(number, functools.partial(steps.throw, outcome))
+            else:
+                advance(number, functools.partial(steps.send, outcome))
+    if interrupted is not None:
+        raise interrupted
+    return [results[number] for number in range(len(fits))]
+
+
+def _update_many(due: Sequence[tuple[WeightTraining, Batch]]) -> list[float | NotFinite]:
+    """`WeightTraining.update` of several trainings: their losses, or why there was no update."""
+    together = getattr(type(due[0][0].model), "forward_many", None)
+    if together is None or len(due) == 1:
+        return [_outcome(weights.update, batch) for weights, batch in due]
+    passes = together(
+        [weights.model for weights, _ in due],
+        [batch for _, batch in due],
+        [weights.stream.carry for weights, _ in due],
+        [weights.masks("weights", batch) for weights, batch in due],
+    )
+    for weights, _ in due:
+        weights.optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward([loss for loss, _ in passes])
+    return [_outcome(weights.apply, batch, *given) for (weights, batch), given in zip(due, passes, strict=True)]
+
+
+def _outcome(update: Callable[..., float], *arguments: Any) -> float | NotFinite:
+    try:
+        return update(*arguments)
+    except NotFinite as problem:
+        return problem
+
+
+def _fit(
+    model: nn.Module, task: Task, training: Training, seed: int, job: Job, device: torch.device, purpose: str
+) -> Steps:
+    """The loop of `fit`; whoever drives it makes the updates."""
     batches = training.batch_settings(task)
     weights = WeightTraining(model, task, training, seed, device)
     averaged: AveragedModel | None = None
@@ -286,7 +395,7 @@ def fit(
         try:
             began = job.seconds
             batch = weights.draw()
-            loss_mean.add(weights.update(batch))
+            loss_mean.add((yield weights, batch))
             if averaged:
                 averaged.update_parameters(model)
             train_seconds += job.seconds - began

@@ -10,7 +10,7 @@ import torch
 from lmnas.bench.contract import Say
 from lmnas.errors import UserError, nearest
 from lmnas.jobs import open_device
-from lmnas.kernels import Decided, decide, kernel_in_use, must_compile, set_kernel
+from lmnas.kernels import Decided, decide, must_compile, set_kernel
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -57,9 +57,9 @@ def settle_kernel(name: str, say: Say) -> Decided:
     """Takes the kernel for this process; says so if it is compiled first."""
     if name != "reference" and must_compile():
         say("compiling the fused kernel, about 15 s, once")
-    kernel = decide(lambda: math.inf)[0] if name == "auto" else name
-    set_kernel(kernel)  # type: ignore[arg-type]
-    return kernel_in_use()
+    kernel: Decided = decide(lambda: math.inf)[0] if name == "auto" else name  # type: ignore[assignment]
+    set_kernel(kernel)
+    return kernel
 
 
 def settle_device(name: str) -> torch.device:

@@ -7,12 +7,12 @@ continued must not change from one to the other; it asks `decide` once and keeps
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from lmnas.errors import UserError, nearest
-from lmnas.kernels import cross_entropy, fused, planned, reference
+from lmnas.kernels import cross_entropy, fused, graphs, planned, reference, segment
 from lmnas.kernels.reference import BatchNorm, Program
 
 Kernel = Literal["auto", "reference", "fused"]
@@ -82,9 +82,14 @@ def planning(kernel: Decided) -> Iterator[None]:
         _planned = before
 
 
-def kernel_in_use() -> Decided:
-    """What runs on the CPU in float32 and float64; other devices and types run the reference."""
-    return _used
+def kernel_in_use(device: str = "cpu") -> Literal["reference", "fused", "graphs"]:
+    """What runs in float32 and float64; other types and devices run the reference.
+
+    On a GPU `fused` means recorded graphs of the cell.
+    """
+    if device == "cpu":
+        return _used
+    return "graphs" if device == "cuda" and _used == "fused" else "reference"
 
 
 def recurrent_path(
@@ -96,11 +101,21 @@ def recurrent_path(
     mask_x: Tensor | None = None,
     mask_h: Tensor | None = None,
     batch_norm: BatchNorm = "none",
+    sampled: bool = False,
 ) -> Tensor:
-    """`reference.recurrent_path` by the kernel in use."""
+    """`reference.recurrent_path` by the kernel in use.
+
+    Args:
+        sampled: other programs follow in other calls, so that nothing costly should be prepared for this one.
+    """
+    weights = (w_input, *w_nodes)
     if inputs.device.type == "meta" and _planned == "fused":
-        return planned.recurrent(inputs, state, (w_input, *w_nodes), len(program.inputs), len(program.inputs))
-    chosen = fused if _fused_takes(inputs, state, (w_input, *w_nodes), mask_x, mask_h) else reference
+        return planned.recurrent(inputs, state, weights, len(program.inputs), len(program.inputs))
+    if _graphs_take(inputs, state, weights, mask_x, mask_h):
+        return graphs.recurrent_path(
+            inputs, state, w_input, w_nodes, program, mask_x, mask_h, batch_norm, sampled=sampled
+        )
+    chosen = fused if _fused_takes(inputs, state, weights, mask_x, mask_h) else reference
     return chosen.recurrent_path(inputs, state, w_input, w_nodes, program, mask_x, mask_h, batch_norm)
 
 
@@ -120,8 +135,48 @@ def recurrent_mixture(
     weights = (w_input, *w_nodes, p_input, p_edges, output_weights)
     if inputs.device.type == "meta" and _planned == "fused":
         return planned.recurrent(inputs, state, weights, len(output_weights) - 1, len(p_edges))
-    chosen = fused if _fused_takes(inputs, state, weights, mask_x, mask_h) else reference
+    chosen: Any = reference
+    if _graphs_take(inputs, state, weights, mask_x, mask_h):
+        chosen = graphs
+    elif _fused_takes(inputs, state, weights, mask_x, mask_h):
+        chosen = fused
     return chosen.recurrent_mixture(
+        inputs, state, w_input, w_nodes, p_input, p_edges, output_weights, mask_x, mask_h, batch_norm
+    )
+
+
+def recurrent_path_many(
+    inputs: Tensor,
+    state: Tensor,
+    w_input: Tensor,
+    w_nodes: Sequence[Tensor],
+    programs: Program | Sequence[Program],
+    mask_x: Tensor | None = None,
+    mask_h: Tensor | None = None,
+    batch_norm: BatchNorm = "none",
+) -> Tensor:
+    """`segment.recurrent_path_many`, several seeds at once: recorded where graphs run."""
+    weights = (w_input, *w_nodes)
+    chosen: Any = graphs if _graphs_take(inputs, state, weights, mask_x, mask_h) else segment
+    return chosen.recurrent_path_many(inputs, state, w_input, w_nodes, programs, mask_x, mask_h, batch_norm)
+
+
+def recurrent_mixture_many(
+    inputs: Tensor,
+    state: Tensor,
+    w_input: Tensor,
+    w_nodes: Sequence[Tensor],
+    p_input: Tensor,
+    p_edges: Tensor,
+    output_weights: Tensor,
+    mask_x: Tensor | None = None,
+    mask_h: Tensor | None = None,
+    batch_norm: BatchNorm = "none",
+) -> Tensor:
+    """`segment.recurrent_mixture_many`, several seeds at once: recorded where graphs run."""
+    weights = (w_input, *w_nodes, p_input, p_edges, output_weights)
+    chosen: Any = graphs if _graphs_take(inputs, state, weights, mask_x, mask_h) else segment
+    return chosen.recurrent_mixture_many(
         inputs, state, w_input, w_nodes, p_input, p_edges, output_weights, mask_x, mask_h, batch_norm
     )
 
@@ -130,6 +185,12 @@ def _fused_takes(
     inputs: Tensor, state: Tensor, weights: Sequence[Tensor], mask_x: Tensor | None, mask_h: Tensor | None
 ) -> bool:
     return _used == "fused" and fused.takes(inputs, state, weights, mask_x, mask_h)
+
+
+def _graphs_take(
+    inputs: Tensor, state: Tensor, weights: Sequence[Tensor], mask_x: Tensor | None, mask_h: Tensor | None
+) -> bool:
+    return kernel_in_use(inputs.device.type) == "graphs" and graphs.takes(inputs, state, weights, mask_x, mask_h)
 
 
 def linear_cross_entropy(

@@ -9,7 +9,7 @@ a mixture, `loose-ends` is relaxed: a node counts by the probability that nobody
 weights. Neither paper runs a mixture over loose ends.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from lmnas.decisions import Decisions, OneOf
 from lmnas.errors import UserError, nearest
 from lmnas.genotype import Genotype
-from lmnas.kernels import OPS, BatchNorm, Program, edges, first_edge, recurrent_mixture, recurrent_path
+from lmnas.kernels import (
+    OPS,
+    BatchNorm,
+    Program,
+    edges,
+    first_edge,
+    recurrent_mixture,
+    recurrent_path,
+    recurrent_path_many,
+)
 from lmnas.ops.dropout import draw_mask
 from lmnas.protocols import Choice, Diagram, EdgeTable, Masks, Mixture
 
@@ -215,6 +224,37 @@ class Cell(nn.Module):
         )
         return hs, hs[-1]
 
+    @staticmethod
+    def forward_many(
+        cells: Sequence["Cell"], inputs: Tensor, states: Sequence[Tensor], masks: Sequence[Masks]
+    ) -> Tensor:
+        """Several cells of one size at once.
+
+        Args:
+            cells: S of them, whatever their programs.
+            inputs: (S, T, B, H).
+            states: S of (B, H).
+            masks: S of them, of the same names.
+
+        Returns:
+            (S, T, B, H).
+        """
+        first = cells[0]
+        programs = [cell.program for cell in cells]
+        mask_x, mask_h = (
+            torch.stack([mask[name] for mask in masks]) if name in masks[0] else None for name in ("x", "hidden")
+        )
+        return recurrent_path_many(
+            inputs,
+            torch.stack(list(states)),
+            torch.stack([cell.w_input for cell in cells]),
+            [torch.stack(weights) for weights in zip(*(cell.w_nodes for cell in cells), strict=True)],
+            first.program if len(set(programs)) == 1 else programs,
+            mask_x,
+            mask_h,
+            first.batch_norm,
+        )
+
 
 class CellSupernet(nn.Module):
     """The weights of every cell of a space; runs one path (a Genotype) or a mixture (table name -> weights)."""
@@ -242,7 +282,8 @@ class CellSupernet(nn.Module):
         if isinstance(choice, Genotype):
             program = self.space.program(choice)
             weights = [self.w_nodes[row] for row in self._path_rows(program)]
-            hs = recurrent_path(inputs, state, self.w_input, weights, program, mask_x, mask_h, self.space.batch_norm)
+            batch_norm = self.space.batch_norm
+            hs = recurrent_path(inputs, state, self.w_input, weights, program, mask_x, mask_h, batch_norm, sampled=True)
         elif choice is not None:
             p_input, p_edges, output_weights = self._encode(choice)
             hs = recurrent_mixture(

@@ -8,7 +8,7 @@ Shapes: T time, B batch, H width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -133,19 +133,53 @@ class LanguageModel(nn.Module):
         """
         if carry is None:
             carry = self.body.initial_state(batch.inputs.shape[1])  # type: ignore[operator]
+        raw, state = self.body(self._embedded(batch, masks), carry, masks, choice)
+        return self._loss(raw, batch, masks, penalised), detach(state)
+
+    def _embedded(self, batch: Batch, masks: Masks) -> Tensor:
         embedded = F.embedding(batch.inputs, self.embedding)
         if "embedding" in masks:
             embedded = embedded * masks["embedding"][batch.inputs]
         if "input" in masks:
             embedded = embedded * masks["input"]
-        raw, state = self.body(embedded, carry, masks, choice)
+        return embedded
+
+    def _loss(self, raw: Tensor, batch: Batch, masks: Masks, penalised: bool) -> Tensor:
         dropped = raw * masks["output"] if "output" in masks else raw
         loss = linear_cross_entropy(dropped.flatten(0, 1), self.embedding, self.bias, batch.targets.flatten())
         if penalised and self.settings.ar > 0:
             loss = loss + self.settings.ar * dropped.square().mean()
         if penalised and self.settings.tar > 0 and len(raw) > 1:
             loss = loss + self.settings.tar * (raw[1:] - raw[:-1]).square().mean()
-        return loss, detach(state)
+        return loss
+
+    @staticmethod
+    def forward_many(
+        models: Sequence["LanguageModel"], batches: Sequence[Batch], carries: Sequence[State], masks: Sequence[Masks]
+    ) -> list[tuple[Tensor, State]]:
+        """What calling each of S models of one size gives, their bodies run at once where their kind can.
+
+        Segments may differ in length: the shorter ones are padded with zeros behind their end, where nothing is read.
+        """
+        together = getattr(type(models[0].body), "forward_many", None)
+        if together is None:
+            return [
+                model(batch, carry, mask)
+                for model, batch, carry, mask in zip(models, batches, carries, masks, strict=True)
+            ]
+        states = [
+            model.body.initial_state(batch.inputs.shape[1]) if carry is None else carry  # type: ignore[operator]
+            for model, batch, carry in zip(models, batches, carries, strict=True)
+        ]
+        embedded = [model._embedded(batch, mask) for model, batch, mask in zip(models, batches, masks, strict=True)]
+        steps = max(len(part) for part in embedded)
+        padded = torch.stack([F.pad(part, (0, 0, 0, 0, 0, steps - len(part))) for part in embedded])
+        outputs = together([model.body for model in models], padded, states, masks)
+        results = []
+        for model, batch, mask, part, output in zip(models, batches, masks, embedded, outputs, strict=True):
+            raw = output[: len(part)]
+            results.append((model._loss(raw, batch, mask, True), raw[-1].detach()))
+        return results
 
 
 def detach(state: State) -> State:
