@@ -53,6 +53,10 @@ class ActivationCodes(TorchDispatchMode):
         return out
 
 
+class _Deep(Exception):
+    """The deepest layer asked for has run."""
+
+
 class Signals:
     """What an untrained body does with one minibatch. Each pass is made once, when a metric first asks for it.
 
@@ -63,6 +67,7 @@ class Signals:
         seed: of the noise.
         gradients: some metric needs Σy differentiated: the one forward pass then records what that takes.
         activations: some metric needs the activations' codes.
+        depth: run the first layers only, as far as the deepest that is asked for; None: all.
     """
 
     def __init__(
@@ -74,28 +79,33 @@ class Signals:
         *,
         gradients: bool = True,
         activations: bool = True,
+        depth: int | None = None,
     ):
         self.body, self.embedding, self.tokens, self.seed = body, embedding.detach(), tokens, seed
         self.embedded = F.embedding(tokens, self.embedding)
         self.gradients = gradients
         self.codes = ActivationCodes(tokens.shape[1]) if activations else None
         self.layers: list[nn.Module] = list(getattr(body, "layers", [body]))
+        self.depth = None if gradients or activations else depth
 
     @cached_property
     def passed(self) -> dict[str, Any]:
         """The forward pass, and the backward pass of Σy if asked for."""
         seen: list[list[Tensor]] = [[] for _ in self.layers]
 
-        def watch(outputs: list[Tensor]) -> Callable[..., None]:
+        def watch(number: int, outputs: list[Tensor]) -> Callable[..., None]:
             def hook(module: nn.Module, arguments: Any, result: Any) -> None:
                 if result[0].requires_grad:
                     result[0].retain_grad()
                 outputs.append(result[0])
+                if number == self.depth:
+                    raise _Deep
 
             return hook
 
         handles = [
-            layer.register_forward_hook(watch(outputs)) for layer, outputs in zip(self.layers, seen, strict=True)
+            layer.register_forward_hook(watch(number, outputs))
+            for number, (layer, outputs) in enumerate(zip(self.layers, seen, strict=True), start=1)
         ]
         embedded = self.embedded.clone().requires_grad_(self.gradients)
         state = self.body.initial_state(self.tokens.shape[1])  # type: ignore[operator]
@@ -112,7 +122,8 @@ class Signals:
                         outputs, state = self.body(step, state, {})
                         total = total + outputs.sum()
                 else:
-                    self.body(embedded, state, {})
+                    with contextlib.suppress(_Deep):
+                        self.body(embedded, state, {})
             if self.gradients:
                 self.body.zero_grad(set_to_none=True)
                 total.backward()
@@ -120,7 +131,7 @@ class Signals:
             for handle in handles:
                 handle.remove()
         return {
-            "outputs": [torch.cat([part.detach() for part in outputs]) for outputs in seen],
+            "outputs": [torch.cat([part.detach() for part in outputs]) for outputs in seen if outputs],
             "output_gradients": [[part.grad for part in outputs] for outputs in seen],
             "states": states,
             "jacobian": embedded.grad,
@@ -158,9 +169,9 @@ def _hidden_covariance(layer: int) -> Callable[[Signals], float]:
 
         Rows are the H units, columns the T · B states entering the steps, the zero state included. At most about -H.
         """
+        if layer > len(signals.layers):
+            raise Undefined(f"the body has {len(signals.layers)} layers")
         entering = signals.entering
-        if layer > len(entering):
-            raise Undefined(f"the body has {len(entering)} layers")
         return covariance_score(entering[layer - 1].flatten(0, 1).t())
 
     return hidden_covariance
@@ -169,7 +180,7 @@ def _hidden_covariance(layer: int) -> Callable[[Signals], float]:
 def activation_distance(signals: Signals) -> float:
     """ln det K of the activations' binary codes (Mellor et al., 2021, arXiv 2006.04647, for recurrent networks).
 
-    Undefined where the body applies no activation that PyTorch shows (an `nn.LSTM` runs as one operation).
+    Undefined where the body applies no activation that PyTorch shows (an `nn.LSTM` may run as one operation).
     """
     assert signals.codes is not None
     if not signals.passed or not signals.codes.calls:
@@ -295,16 +306,18 @@ class Metric:
         sign: 1 where a higher value went with a better model on NAS-Bench-NLP, -1 where a lower one did.
         gradients: needs Σy differentiated.
         activations: needs the activations' codes.
+        depth: needs so many layers from the first.
     """
 
     function: Callable[[Signals], float]
     sign: int = 1
     gradients: bool = False
     activations: bool = False
+    depth: int = 0
 
 
 METRICS: Mapping[str, Metric] = {
-    **{f"hidden_covariance_{layer}": Metric(_hidden_covariance(layer)) for layer in (1, 2, 3)},
+    **{f"hidden_covariance_{layer}": Metric(_hidden_covariance(layer), depth=layer) for layer in (1, 2, 3)},
     "activation_distance": Metric(activation_distance, activations=True),
     "synaptic_saliency": Metric(synaptic_saliency, sign=-1, gradients=True),
     "hidden_saliency": Metric(hidden_saliency, sign=-1, gradients=True),
@@ -341,6 +354,7 @@ def measure(
         seed,
         gradients=any(metric.gradients for metric in chosen.values()),
         activations=any(metric.activations for metric in chosen.values()),
+        depth=max((metric.depth for metric in chosen.values()), default=0),
     )
     values: dict[str, float | str] = {}
     for name, metric in chosen.items():

@@ -440,7 +440,7 @@ class GraphLayer(nn.Module):
     """One layer: (T, B, in) -> (T, B, H). State: (n, B, H).
 
     All matrices that read one source are one parameter, `weights[source]` of (k H, in), for the k linear nodes in
-    `readers[source]`: one product a source and step. `biases` is (linear nodes, H).
+    `readers[source]`: one product a source and step. `bias` is (linear nodes · H).
     """
 
     def __init__(self, recipe: Mapping[str, Any], in_width: int, width: int):
@@ -460,7 +460,12 @@ class GraphLayer(nn.Module):
                 for source, names in self.readers.items()
             }
         )
-        self.biases = nn.Parameter(torch.empty(len(self.linears), width))
+        self.bias = nn.Parameter(torch.empty(len(self.linears) * width))
+
+    @property
+    def biases(self) -> Tensor:
+        """(linear nodes, H), a view of `bias`."""
+        return self.bias.view(-1, self.width)
 
     def matrix(self, name: str, position: int) -> tuple[Tensor, Tensor]:
         """(H, in): the matrix of linear node `name` for its input at `position`, and its gradient (zero before any)."""
