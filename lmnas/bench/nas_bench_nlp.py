@@ -59,7 +59,7 @@ PUBLISHED = {
 }
 """τ over the 8,794 published rows (one a training), in the direction of METRICS. The published Jacobian covariance is
 of the embedded words, not of gradients, and is no reference."""
-N_SPEED = 3
+N_SPEED, N_RESAMPLES = 3, 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +142,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         document["undefined"][name] = sum(isinstance(found[name], str) for found in values)
         scores, goodness, groups = ([row[side] for row in rows] for side in range(3))
         try:
-            document["metrics"][name] = rank_correlations(scores, goodness, groups, options.seed)
+            document["metrics"][name] = rank_correlations(scores, goodness, groups, options.seed, N_RESAMPLES)
         except Undefined as reason:
             say(f"{name}: no correlation ({reason})")
             continue
