@@ -120,7 +120,8 @@ def test_bench_correlates_scores_with_losses(small, text, tmp_path):
         assert row["low"] <= row["kendall_tau"] <= row["high"] and row["n"] == len(scores)
     assert found["metrics"]["predictor"]["n"] == 9
     assert found["speed"]["shared"] > 0 and found["speed"]["one_by_one"] > 0
-    assert {Path(path).name for path in found["pictures"]} == {f"nas-bench-nlp-{name}.png" for name in metrics}
+    drawn = {Path(path).name for path in found["pictures"]}
+    assert drawn == {f"nas-bench-nlp-{name}.png" for name in [*metrics, "regret"]}
     # what was measured is read again, torn line or not; and without the file all is the same
     with open(tmp_path / "cache.jsonl", "a") as file:
         file.write('{"seed": 0, "gen')
@@ -137,6 +138,23 @@ def test_bench_draws_the_same_architectures_with_the_same_seed(small, tmp_path):
     arguments = [*small, "--data", table, "--metrics", "parameters", "--limit", 4]
     first, second, other = (answer(*arguments, "--seed", seed)["points"] for seed in (0, 0, 1))
     assert len(first["parameters"]) == 4 and first == second != other
+
+
+def test_regret_of_a_score_that_knows_is_zero():
+    """Forty losses; one score is their negative, another the loss itself, a third exists for the best two alone."""
+    table = [{"loss": 4.0 + k / 100, "group": str(k)} for k in range(40)]
+    values = [
+        {"hidden_covariance_1": -k, "jacobian_cosine": k, "parameters": 1.0 * k if k < 2 else "none"} for k in range(40)
+    ]
+    names = ["hidden_covariance_1", "jacobian_cosine", "parameters"]
+    found = nas_bench_nlp.regret(table, values, names, 0)
+    assert found["evaluations"] == [1, 2, 5, 10, 20] and found["pool_size"] == 40
+    assert found["orders"]["hidden_covariance_1"]["mean"] == [0.0] * 5
+    assert found["orders"]["jacobian_cosine"]["mean"] == pytest.approx([0.39, 0.38, 0.35, 0.3, 0.2])
+    assert found["orders"]["parameters"]["mean"] == pytest.approx([0.01, 0, 0, 0, 0])
+    random_mean = found["orders"]["random"]["mean"]
+    # the least of k of 40 uniform ranks is 41 / (k + 1) - 1 on average
+    assert random_mean == pytest.approx([0.01 * (41 / (k + 1) - 1) for k in (1, 2, 5, 10, 20)], rel=0.6)
 
 
 def test_bench_names_the_line_that_is_wrong(small, tmp_path):

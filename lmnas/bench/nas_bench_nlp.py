@@ -12,6 +12,7 @@ to are left out of its row.
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,6 +61,9 @@ PUBLISHED = {
 """τ over the 8,794 published rows (one a training), in the direction of METRICS. The published Jacobian covariance is
 of the embedded words, not of gradients, and is no reference."""
 N_SPEED, N_RESAMPLES = 3, 1000
+N_POOLS, POOL = 20, 200
+"""Simulated searches, and candidates of each."""
+EVALUATIONS = (1, 2, 5, 10, 20, 50, 100)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +153,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         document["points"][name] = [[float(f"{row[0]:.6g}"), -row[1]] for row in rows]
     return {
         **document,
+        "regret": regret(entries, values, metrics, options.seed),
         "published": {name: PUBLISHED[name] for name in metrics if name in PUBLISHED},
         "n_architectures": len(entries),
         "rows": options.rows,
@@ -189,6 +194,43 @@ def _values(
     return [known[entry["genotype"].id] for entry in entries], len(missing)
 
 
+def regret(
+    entries: Sequence[Mapping[str, Any]], values: Sequence[Values], metrics: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """Searches replayed on the table: candidates trained in the order of a score, or at random.
+
+    Every search has a pool of POOL architectures, drawn by (seed, k); those without a score are trained last, and cells
+    that the predictor was fitted to are in no pool.
+
+    Returns:
+        `evaluations`, and per order the mean over pools of (best loss so far - best loss of the pool) in nats, and its
+        standard error.
+    """
+    seen = fitted_groups() if "predictor" in metrics else set()
+    usable = [i for i, entry in enumerate(entries) if entry["group"] not in seen]
+    size = min(POOL, len(usable))
+    counts = [count for count in EVALUATIONS if count <= size]
+    curves: dict[str, list[list[float]]] = {name: [] for name in ("random", *metrics)}
+    for k in range(N_POOLS if size else 0):
+        pool = rng(seed, "pool", k).sample(usable, size)
+        best = min(entries[i]["loss"] for i in pool)
+        for name, found in curves.items():
+            order = pool
+            if name != "random":
+                sign = METRICS[name].sign if name in METRICS else 1
+                keys = {i: math.inf if isinstance(v := values[i][name], str) else -sign * v for i in pool}
+                order = sorted(pool, key=keys.__getitem__)
+            found.append([min(entries[i]["loss"] for i in order[:count]) - best for count in counts])
+    summary: dict[str, Any] = {"evaluations": counts, "pools": N_POOLS, "pool_size": size, "orders": {}}
+    for name, found in curves.items():
+        columns = list(zip(*found, strict=True))
+        summary["orders"][name] = {
+            "mean": [round(statistics.fmean(column), 5) for column in columns],
+            "standard_error": [round(statistics.stdev(column) / math.sqrt(len(column)), 5) for column in columns],
+        }
+    return summary
+
+
 def fitted_groups() -> set[str]:
     """Groups of the cells that the shipped predictor was fitted to."""
     return set(json.loads(predictor.SHIPPED.read_text(encoding="utf-8"))["provenance"]["groups"])
@@ -224,8 +266,18 @@ def text(document: Mapping[str, Any]) -> str:
             f"{name:<30}{row['kendall_tau']:>8.3f}{row['low']:>10.3f} {row['high']:>7.3f}{row['spearman_rho']:>8.3f}"
             f"{row['n']:>7}{'-' if published is None else f'{published:.3f}':>13}"
         )
+    replay = document["regret"]
+    lines += [
+        "",
+        f"regret in nats after so many trainings, mean of {replay['pools']} pools of {replay['pool_size']}",
+        f"{'order':<30}" + "".join(f"{count:>9}" for count in replay["evaluations"]),
+    ]
+    lines += [
+        f"{name:<30}" + "".join(f"{value:>9.4f}" for value in row["mean"]) for name, row in replay["orders"].items()
+    ]
     speed = document["speed"]
     if speed:
+        lines.append("")
         lines.append(
             f"architectures a second, one thread: {speed['shared']:g} with shared passes, {speed['one_by_one']:g} one "
             "metric at a time"
@@ -253,4 +305,16 @@ def pictures(document: Mapping[str, Any], folder: Path) -> list[Path]:
         path = folder / f"nas-bench-nlp-{name}.png"
         figure.savefig(path, dpi=130)
         paths.append(path)
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    replay = document["regret"]
+    for name, row in replay["orders"].items():
+        axes.plot(replay["evaluations"], row["mean"], label=name, linestyle="--" if name == "random" else "-")
+    axes.set_xscale("log")
+    axes.set_xlabel("trainings")
+    axes.set_ylabel("regret of the test loss, nats per word")
+    axes.set_title(f"mean of {replay['pools']} pools of {replay['pool_size']}")
+    axes.legend(fontsize=7)
+    paths.append(folder / "nas-bench-nlp-regret.png")
+    figure.savefig(paths[-1], dpi=130)
     return paths
