@@ -48,6 +48,8 @@ ARITY = {
 ACTIVATIONS = ("activation_tanh", "activation_sigm", "activation_leaky_relu")
 EXCHANGEABLE = (ACTIVATIONS, ("elementwise_sum", "elementwise_prod"))
 """Operations that a mutation may swap."""
+MAX_DRAWS = 20_000
+"""Of which about 1,400 are cells with three states, at the benchmark's settings."""
 INPUT, OLD, NEW = "x", "h_prev_", "h_new_"
 
 
@@ -375,12 +377,20 @@ class RecurrentGraph:
         return Genotype(self.name, canonical(recipe))
 
     def sample(self, rng: random.Random) -> Genotype:
-        """A cell of the benchmark's generator: draws until one uses all inputs and keeps the rule on h_new."""
+        """A cell of the benchmark's generator: draws until one uses all inputs and keeps the rule on h_new.
+
+        Raises:
+            UserError: settings that hardly ever give a cell.
+        """
         n = rng.choice(self.hidden_states)
-        while True:
+        for _ in range(MAX_DRAWS):
             recipe = random_recipe(rng, n, self.intermediate_nodes)
             if problem(recipe, direct_memory=False) is None:
                 return Genotype(self.name, canonical(recipe))
+        raise UserError(
+            f"space.intermediate_nodes {self.intermediate_nodes}: none of {MAX_DRAWS:,} graphs with {n} hidden states "
+            "uses all inputs; expected more nodes or fewer states"
+        )
 
     def mutate(self, genotype: Genotype, rng: random.Random) -> Genotype:
         """A uniformly drawn neighbour; a fresh cell where there is none."""

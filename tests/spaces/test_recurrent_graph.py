@@ -131,6 +131,11 @@ def test_the_generator_draws_cells_like_those_published(table):
         assert abs(ours.mean() - theirs.mean()) < 4 * error
 
 
+def test_settings_that_give_no_cell_are_refused():
+    with pytest.raises(UserError, match=r"intermediate_nodes 1: .* 6 hidden states"):
+        RecurrentGraph(hidden_states=(6,), intermediate_nodes=1).sample(random.Random(0))
+
+
 def test_mutants_are_neighbours_and_neighbours_are_mutual():
     space = RecurrentGraph()
     for seed, recipe in enumerate(samples(8, intermediate_nodes=5)):
