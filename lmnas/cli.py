@@ -67,7 +67,18 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--vocabulary", type=int, help="words of that language model")
     show.add_argument("--out", type=Path, help="where the pictures go (default: the current folder)")
 
-    bench = command("bench", "measure this machine: speed, memory, overhead")
+    score = command("score", "score architectures without training them")
+    score.add_argument("source", nargs="?", help="a genotype file or shipped name, or a .jsonl file of many")
+    score.add_argument("--sample", type=int, metavar="N", help="score N random architectures of --space instead")
+    score.add_argument("--space", help="the space to sample")
+    score.add_argument("--metrics", help="names separated by commas, or all")
+    score.add_argument("--data", default="pydoc", help="the text that the networks read (default: pydoc)")
+    score.add_argument("--width", type=int, default=200, help="of embedding and body (default: 200)")
+    score.add_argument("--seed", type=int, default=0, help="of weights, noise and samples")
+    score.add_argument("--workers", type=int, default=1, help="processes, one thread each (default: 1)")
+    score.add_argument("--csv", action="store_true", help="comma-separated values on standard output")
+
+    bench = command("bench", "measure this machine, or compare with a published benchmark")
     bench.add_argument("name", help=f"one of {', '.join(BENCHES)}; `lmnas bench NAME --help` lists its options")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="the bench's options")
     return top
@@ -115,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
         options, rest = parser().parse_known_args(arguments)
-        if rest and options.command != "search":
+        if rest and options.command not in ("search", "bench"):
             raise UserError(f"unexpected argument {rest[0]!r} (see `lmnas {options.command} --help`)")
         return COMMANDS[options.command](options, rest)
     except UserError as error:
@@ -219,6 +230,16 @@ def _show(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _score(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from lmnas import score
+
+    if options.csv and options.json:
+        raise UserError("--csv and --json: give one of them")
+    document = score.run(options, note)
+    say(options, document, score.csv_text(document) if options.csv else score.text(document))
+    return 0
+
+
 def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
     inner = bench_parser(options.name).parse_args(options.rest)
     inner.json |= options.json
@@ -228,7 +249,7 @@ def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
         except OSError as error:
             raise UserError(f"--out {inner.out}: pictures cannot be written ({error.strerror})") from None
     module = open_bench(options.name)
-    document = module.run(inner, lambda line: print(line, file=sys.stderr, flush=True))
+    document = module.run(inner, note)
     lines = [] if inner.json else [module.text(document)]
     if inner.out is not None:
         pictures = [str(path) for path in module.pictures(document, inner.out)]
@@ -238,11 +259,17 @@ def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def note(line: str) -> None:
+    """Progress, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
 COMMANDS = {
     "search": _search,
     **dict.fromkeys(STAGE_COMMANDS, _stage),
     "list": _list,
     "show": _show,
+    "score": _score,
     "bench": _bench,
 }
 

@@ -28,7 +28,7 @@ from lmnas.forecast import (
     step_forecast,
     training_bytes,
 )
-from lmnas.jobs import build_model, open_device, open_space, open_strategy, open_task
+from lmnas.jobs import build_model, open_device, open_space, open_strategy, open_task, space_for
 from lmnas.kernels import DEFAULT_CHUNK, Decided, decide, unavailable
 from lmnas.pin import Pin, read_pin
 from lmnas.preflight import given_genotype
@@ -92,10 +92,13 @@ class _Example:
 def _examples(recipe: Recipe, task: Task, space: Space) -> Iterator[_Example]:
     """Of the final training and, where the estimator trains, of the search."""
     genotype = given_genotype(recipe, space) or space.sample(rng(recipe.seed, "preflight"))
+    body_space = space_for(recipe, genotype)
 
     def stand_alone(where: str, training: Training) -> _Example:
         batch = largest_batch(task, "train", training.batch_settings(task))
-        return _Example(where, training, on_meta(lambda: build_model(task, genotype, training)), batch, None)
+        return _Example(
+            where, training, on_meta(lambda: build_model(task, genotype, training, space=body_space)), batch, None
+        )
 
     yield stand_alone("train.training", recipe.train.training)
     settings = registry.settings_of("estimator", recipe.estimator, "estimator")

@@ -19,6 +19,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "space": {
         "recurrent-cell": "lmnas.spaces.recurrent_cell:RecurrentCell",
         "lstm": "lmnas.spaces.lstm:LSTM",
+        "recurrent-graph": "lmnas.spaces.recurrent_graph:RecurrentGraph",
     },
     "strategy": {
         "random": "lmnas.strategies.random_search:RandomSearch",
@@ -27,6 +28,8 @@ COMPONENTS: dict[str, dict[str, str]] = {
     },
     "estimator": {
         "shared": "lmnas.estimators.shared:Shared",
+        "hidden-covariance": "lmnas.estimators.proxies:HiddenCovariance",
+        "proxy": "lmnas.estimators.proxies:Proxy",
         "standalone": "lmnas.estimators.standalone:Standalone",
     },
     "task": {

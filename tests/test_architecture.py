@@ -27,7 +27,8 @@ ALLOWED = {
     "tasks": VALUES | {"kernels", "ops", "files"},
     "strategies": VALUES,
     "train": VALUES | {"files", "job", "registry"},
-    "estimators": VALUES | {"files", "job", "train"},
+    "proxies": VALUES | {"kernels", "ops"},
+    "estimators": VALUES | {"files", "job", "proxies", "train"},
     "verdict": VALUES,
     "report": VALUES | {"files", "verdict"},
     "progress": set(),
@@ -41,7 +42,7 @@ ALLOWED = {
     | {"train"},
 }
 """Part -> the other parts that it may import. Parts that are not here (the driver, the command line) stand on top."""
-ON_TOP = {"__init__", "api", "cli", "experiment", "plan", "preflight", "run", "show"}
+ON_TOP = {"__init__", "api", "cli", "experiment", "plan", "preflight", "run", "score", "show"}
 BANNED = {"torchvision", "torchaudio", "pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 BANNED_CALLS = {
     "eval",

@@ -13,6 +13,8 @@ BENCHES: dict[str, str] = {
     "cell": "lmnas.bench.cell",
     "memory": "lmnas.bench.memory",
     "overhead": "lmnas.bench.overhead",
+    "nas-bench-nlp": "lmnas.bench.nas_bench_nlp",
+    "nas-bench-bert": "lmnas.bench.nas_bench_bert",
 }
 """Name -> module, imported when it is asked for."""
 
