@@ -165,7 +165,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.heads, self.weighted = heads, weighted
-        size = hidden // heads
+        self.head_size = size = hidden // heads
         self.query, self.key, self.value = (nn.Linear(hidden, hidden) for _ in range(3))
         if weighted:
             width = size if weighted == "head" else hidden
@@ -192,7 +192,7 @@ class TransformAttention(nn.Module):
 
     def __init__(self, hidden: int, heads: int, transform: Transform, max_length: int):
         super().__init__()
-        self.heads, self.mix = heads, MIXES[transform]
+        self.heads, self.head_size, self.mix = heads, hidden // heads, MIXES[transform]
         self.query, self.value = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
         self.relative = RelativeKeys(hidden // heads, max_length)
         self.softmax = nn.Softmax(dim=-1)
@@ -212,7 +212,7 @@ class HeadTransform(nn.Module):
 
     def __init__(self, hidden: int, heads: int, transform: Transform):
         super().__init__()
-        self.heads, self.mix = heads, MIXES[transform]
+        self.heads, self.head_size, self.mix = heads, hidden // heads, MIXES[transform]
         self.input = nn.Linear(hidden, hidden)
         self.softmax = nn.Softmax(dim=-1)
 
@@ -231,7 +231,7 @@ class SpanConvolution(nn.Module):
 
     def __init__(self, hidden: int, heads: int, kernel: int, max_length: int | None = None):
         super().__init__()
-        self.heads, self.kernel = heads // 2, kernel
+        self.heads, self.head_size, self.kernel = heads // 2, hidden // heads, kernel
         half = hidden // 2
         self.query, self.key, self.value = (nn.Linear(hidden, half) for _ in range(3))
         self.span = SeparableConv(hidden, half, kernel)
