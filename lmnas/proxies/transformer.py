@@ -13,13 +13,14 @@ a Hutchinson probe: E ‖∂(Σ r ⊙ y)‖² = ‖∂y‖², the whole Jacobian
 
 Departures: no dropout (the release leaves it on, at 0.1); eigenvalues as in `statistics`.
 
-A body tells its parts by names: `layers`, each with an `operation` (maps `query`, `key`, `value`, `weight`, `input`;
-`nn.Softmax`; `head_size`), `projection` (a map or None) and `feed_forward` (`nn.Linear`, activation modules).
+A body tells its parts by names: `layers`, each with an `operation` (maps `query`, `key`, `value`, `weight`, `input`,
+`convolved`; `nn.Softmax`; `head_size`), `projection` (a map or None) and `feed_forward` (`nn.Linear`, activation
+modules). Inside, the batch comes first: (B, T, H).
 
 Shapes: B batch, T time, H hidden, N heads, D features of a head, E embedding width.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ from lmnas.proxies.statistics import Undefined, cosine_score, covariance_score
 from lmnas.seeds import generator
 
 HEAD_MAPS = ("query", "key", "value", "weight", "input")
+FEATURE_MAPS = (*HEAD_MAPS, "convolved")
+"""Maps that make features, not kernels: the release takes those of 128 outputs or more."""
 ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh)
 ETA = 0.99
 """Share of the variance that the principal components of `pca_dimension` must exceed. W-PCA's released code has 0.99 in
@@ -174,21 +177,14 @@ def head_importance(attended: Tensor, gradient: Tensor, size: int) -> list[float
 # ------------------------------------------------------------------------------------------- parts of a network
 
 
-def _head_maps(layer: nn.Module) -> Iterator[nn.Linear]:
-    for name in HEAD_MAPS:
-        module = getattr(layer.operation, name, None)
-        if isinstance(module, nn.Linear):
-            yield module
+def _named_maps(layer: Any, names: Iterable[str]) -> list[nn.Linear]:
+    modules = [getattr(layer.operation, name, None) for name in names]
+    return [module for module in modules if isinstance(module, nn.Linear)]
 
 
-def _operation_maps(layer: nn.Module, projection: bool) -> Iterator[nn.Linear]:
-    """Linear maps of the operation; `projection`: with its output map, else only those that make features (the release:
-    128 outputs or more, of 256), not convolution kernels."""
-    for module in layer.operation.modules():  # type: ignore[union-attr]
-        if isinstance(module, nn.Linear) and (projection or 2 * module.out_features >= module.in_features):
-            yield module
-    if projection and isinstance(layer.projection, nn.Linear):
-        yield layer.projection
+def _operation_maps(layer: Any) -> list[nn.Linear]:
+    """All linear maps of the operation and its output map."""
+    return _modules(layer.operation, nn.Linear) + _modules(layer.projection or nn.Identity(), nn.Linear)
 
 
 def _modules(part: Any, types: Any) -> list[Any]:
@@ -196,7 +192,7 @@ def _modules(part: Any, types: Any) -> list[Any]:
 
 
 SITES: Mapping[str, Callable[[Any], Iterable[nn.Module]]] = {
-    "head maps": _head_maps,
+    "head maps": lambda layer: _named_maps(layer, HEAD_MAPS),
     "softmax": lambda layer: _modules(layer.operation, nn.Softmax),
     "activations": lambda layer: _modules(layer.feed_forward, ACTIVATIONS),
     "first feed-forward map": lambda layer: _modules(layer.feed_forward, nn.Linear)[:1],
@@ -205,8 +201,8 @@ SITES: Mapping[str, Callable[[Any], Iterable[nn.Module]]] = {
 }
 """Where outputs are read, layer by layer."""
 MATRICES: Mapping[str, Callable[[Any], Iterable[nn.Linear]]] = {
-    "operation": lambda layer: _operation_maps(layer, projection=True),
-    "heads": lambda layer: _operation_maps(layer, projection=False),
+    "operation": _operation_maps,
+    "heads": lambda layer: _named_maps(layer, FEATURE_MAPS),
     "feed-forward": lambda layer: _modules(layer.feed_forward, nn.Linear),
 }
 """Whose weights are looked at, layer by layer."""
