@@ -33,7 +33,7 @@ from lmnas.ops.embedding import TokenEmbedding
 from lmnas.proxies.statistics import Undefined, rank_correlations
 from lmnas.proxies.transformer import METRICS, TokenNetwork, measure
 from lmnas.report.plots import STYLE, save
-from lmnas.seeds import rng
+from lmnas.seeds import generator, rng
 from lmnas.spaces.flexibert import FlexiBERT, Layer, as_scored, as_trained, layers_of, metric_body, trained_body
 from lmnas.tasks.corpora import open_corpus
 
@@ -42,6 +42,7 @@ HELP = "rank trained FlexiBERT encoders (NAS-Bench-BERT) by training-free metric
 FILE = "architectures.jsonl"
 VOCABULARY, WIDTH, POSITIONS = 30_522, 128, 512
 """Of the published networks: ELECTRA's vocabulary, embedding width, longest sequence."""
+INIT_RANGE = 0.02
 FIRST_ID = 1
 """Id of the most frequent word; 0 is the padding token, whose embedding is zero."""
 COLOURS = {"2 x 128": "#2f7fd1", "2 x 256": "#d9822b", "4 x 128": "#3d9a6d", "4 x 256": "#a05ec9"}
@@ -113,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metrics", help="names separated by commas (default: all)")
     parser.add_argument("--sequences", type=int, default=4, help="in the batch (default: 4; published: 128)")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence (default and published: 512)")
-    parser.add_argument("--text", default="ptb", help="a corpus name or text file for the batch (default: ptb)")
+    parser.add_argument("--corpus", default="ptb", help="a corpus name or text file for the batch (default: ptb)")
     parser.add_argument(
         "--network",
         choices=["scored", "trained"],
@@ -148,8 +149,9 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         drawn = rng(options.seed, "nas-bench-bert", "limit").sample(range(len(models)), options.limit)
         models = [models[i] for i in sorted(drawn)]
     measured = [name for name in chosen if name in METRICS]
-    tokens, corpus = batch(options.text, options.sequences, options.length) if measured else (None, None)
+    tokens, corpus = batch(options.corpus, options.sequences, options.length) if measured else (None, None)
     started, values = time.perf_counter(), []
+    embedding = embeddings(options.seed)
     seen: dict[tuple[Layer, ...], dict[str, float | str]] = {}
     for number, model in enumerate(models, start=1):
         row: dict[str, float | str] = {name: TABULAR[name](model.genotype) for name in chosen if name in TABULAR}
@@ -159,7 +161,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
             key = tuple(as_scored(layers) if options.network == "scored" else layers)
             if key not in seen:
                 seen[key] = measure(
-                    network(model.genotype, options.network, options.seed), tokens, measured, options.seed
+                    network(model.genotype, options.network, options.seed, embedding), tokens, measured, options.seed
                 )
             row |= seen[key]
         values.append(row)
@@ -271,7 +273,7 @@ def batch(text: str, sequences: int, length: int) -> tuple[Tensor, dict[str, Any
     ids = corpus.splits["train"][: sequences * length].long()
     if len(ids) < sequences * length:
         raise UserError(
-            f"--text {text}: {len(ids)} tokens; {sequences} sequences of {length} need {sequences * length}"
+            f"--corpus {text}: {len(ids)} tokens; {sequences} sequences of {length} need {sequences * length}"
         )
     tokens = FIRST_ID + ids % (VOCABULARY - FIRST_ID)
     return tokens.view(sequences, length), {"name": corpus.name, "fingerprint": corpus.fingerprint}
@@ -281,10 +283,17 @@ def _body(genotype: Genotype, which: str) -> nn.Module:
     return metric_body(genotype, WIDTH) if which == "scored" else trained_body(genotype, WIDTH)
 
 
-def network(genotype: Genotype, which: str, seed: int) -> TokenNetwork:
+def embeddings(seed: int) -> TokenEmbedding:
+    """The untrained token embeddings of every network of a run."""
+    made = TokenEmbedding(VOCABULARY, WIDTH, POSITIONS)
+    made.initialise(generator(seed, "untrained-embeddings"), INIT_RANGE)
+    return made
+
+
+def network(genotype: Genotype, which: str, seed: int, embedding: TokenEmbedding) -> TokenNetwork:
     """An untrained network as published, its weights drawn from `seed`: `scored` or `trained` (see the space)."""
-    made = TokenNetwork(TokenEmbedding(VOCABULARY, WIDTH, POSITIONS), _body(genotype, which))
-    made.initialise(seed)
+    made = TokenNetwork(embedding, _body(genotype, which))
+    made.initialise_body(seed, INIT_RANGE)
     return made
 
 

@@ -49,9 +49,12 @@ class TokenNetwork(nn.Module):
         self.embedding, self.body = embedding, body
 
     def initialise(self, seed: int, init_range: float = 0.02) -> None:
-        draws = generator(seed, "untrained-weights")
-        self.embedding.initialise(draws, init_range)
-        self.body.initialise(draws, init_range)  # type: ignore[operator]
+        """Embeddings and body from generators of their own: networks of one seed can share the embeddings."""
+        self.embedding.initialise(generator(seed, "untrained-embeddings"), init_range)
+        self.initialise_body(seed, init_range)
+
+    def initialise_body(self, seed: int, init_range: float = 0.02) -> None:
+        self.body.initialise(generator(seed, "untrained-body"), init_range)  # type: ignore[operator]
 
     def forward(self, tokens: Tensor) -> Tensor:
         embedded = self.embedding(tokens)

@@ -67,7 +67,7 @@ def place(tmp_path, monkeypatch, cache):
 def options(place, *words):
     parser = argparse.ArgumentParser()
     nas_bench_bert.add_arguments(parser)
-    small = ["--text", str(place / "text.txt"), "--sequences", "2", "--length", "8"]
+    small = ["--corpus", str(place / "text.txt"), "--sequences", "2", "--length", "8"]
     return parser.parse_args(["--data", str(place), *small, *words])
 
 
@@ -152,7 +152,7 @@ def test_ids_are_ranks_of_words(place):
         (["--sequences", "0"], "--sequences: expected at least 1, got 0"),
         (["--sequences", "9999"], "9999 sequences of 8 need 79992"),
         (["--data", "nowhere"], "nowhere cannot be read: No such file or directory"),
-        (["--text", "nowhere"], "data 'nowhere' is neither a known corpus nor an existing text file"),
+        (["--corpus", "nowhere"], "data 'nowhere' is neither a known corpus nor an existing text file"),
     ],
 )
 def test_bad_options_are_refused(place, words, message):
@@ -241,3 +241,21 @@ def test_published_correlations_return_on_the_half(benchmark):
     for name, tau in PUBLISHED.items():
         assert found[name]["kendall_tau"] == pytest.approx(tau, abs=0.07), name
     assert found["parameters"]["n"] == 250
+
+
+def test_the_released_activation_distance_counts_each_output_many_times(benchmark):
+    """The release's one activation module gathers a hook for every layer ever scored: raw = mean · calls · an integer.
+
+    Without that factor the released values rank as well as ours do (docs/training-free-transformers.md).
+    """
+    models, sources = benchmark
+    values, factors = [], []
+    for source in sources:
+        calls = sum(layer["num_feed_forward"] for layer in source["encoder_layers"])
+        mean = source["published_metrics"]["activation_distance_normalized"]
+        factors.append(source["published_metrics"]["activation_distance"] / mean / calls)
+        values.append({"activation_distance": mean * calls})
+    assert factors == pytest.approx([round(factor) for factor in factors], rel=1e-6)
+    assert min(factors) < 50 and max(factors) > 400
+    found, _ = nas_bench_bert._correlations(models, values, ["activation_distance"], 0)
+    assert found["activation_distance"]["kendall_tau"] == pytest.approx(0.469, abs=0.001)
