@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 the user's mistake (one line says which), 130 interrupted 
 """
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import yaml
 
 import lmnas
 from lmnas import registry
-from lmnas.errors import Interrupted, UserError
+from lmnas.errors import Interrupted, UserError, nearest
 
 STAGE_COMMANDS = {
     "select": "retrain the best candidates shortly",
@@ -62,6 +63,21 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--width", type=int, help="count the parameters of a language model of this width")
     show.add_argument("--vocabulary", type=int, help="words of that language model")
     show.add_argument("--out", type=Path, help="where the pictures go (default: the current folder)")
+
+    score = command("score", "score architectures without training them")
+    score.add_argument("source", nargs="?", help="a genotype file or shipped name, or a .jsonl file of many")
+    score.add_argument("--sample", type=int, metavar="N", help="score N random architectures of --space instead")
+    score.add_argument("--space", help="the space to sample")
+    score.add_argument("--metrics", help="names separated by commas, or all")
+    score.add_argument("--data", default="pydoc", help="the text that the networks read (default: pydoc)")
+    score.add_argument("--width", type=int, default=200, help="of embedding and body (default: 200)")
+    score.add_argument("--seed", type=int, default=0, help="of weights, noise and samples")
+    score.add_argument("--workers", type=int, default=1, help="processes, one thread each (default: 1)")
+    score.add_argument("--csv", action="store_true", help="comma-separated values on standard output")
+
+    # its arguments are the benchmark's own, read once its module is imported
+    bench = commands.add_parser("bench", help="compare with a published benchmark", add_help=False, allow_abbrev=False)
+    bench.add_argument("name", nargs="?", help="the benchmark")
     return top
 
 
@@ -93,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
         options, rest = parser().parse_known_args(arguments)
-        if rest and options.command != "search":
+        if rest and options.command not in ("search", "bench"):
             raise UserError(f"unexpected argument {rest[0]!r} (see `lmnas {options.command} --help`)")
         return COMMANDS[options.command](options, rest)
     except UserError as error:
@@ -195,11 +211,49 @@ def _show(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _score(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from lmnas import score
+
+    if options.csv and options.json:
+        raise UserError("--csv and --json: give one of them")
+    document = score.run(options, note)
+    say(options, document, score.csv_text(document) if options.csv else score.text(document))
+    return 0
+
+
+def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from lmnas.bench import BENCHES
+
+    if options.name not in BENCHES:
+        raise UserError(f"bench {options.name!r} is unknown. " + nearest(options.name, BENCHES))
+    module = importlib.import_module(BENCHES[options.name])
+    inner = Parser(prog=f"lmnas bench {options.name}", description=module.HELP, allow_abbrev=False)
+    inner.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    inner.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw the results into this folder")
+    module.add_arguments(inner)
+    options = inner.parse_args(rest)
+    document = module.run(options, note)
+    lines = [module.text(document)]
+    if options.pictures is not None:
+        drawn = [str(path) for path in module.pictures(document, options.pictures)]
+        document["pictures"] = drawn
+        lines += drawn
+    say(options, document, "\n".join(lines))
+    return 0
+
+
+def note(line: str) -> None:
+    """Progress, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
 COMMANDS = {
     "search": _search,
     **dict.fromkeys(STAGE_COMMANDS, _stage),
     "list": _list,
     "show": _show,
+    "score": _score,
+    "bench": _bench,
 }
 
 if __name__ == "__main__":

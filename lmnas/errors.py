@@ -22,6 +22,14 @@ class Diverged(Exception):
         self.cause = cause
 
 
+class Unscored(Diverged):
+    """A candidate that has no score (a proxy is undefined for it): a failed trial with its cause, like a divergence."""
+
+    def __init__(self, cause: str):
+        super().__init__(0, cause)
+        self.args = (cause,)
+
+
 class Interrupted(Exception):
     """A stop was asked for (Ctrl-C, SIGTERM); the state is saved."""
 

@@ -37,6 +37,7 @@ from lmnas.jobs import (
     open_space,
     open_strategy,
     open_task,
+    space_for,
 )
 from lmnas.preflight import given_genotype, preflight
 from lmnas.progress import Display, seconds_text
@@ -325,13 +326,14 @@ class Experiment:
     def _model_overrides(self, winners: dict[str, Genotype]) -> dict[str, dict[str, Any]]:
         """What differs in every model's settings from the recipe's: baselines match the searched model's parameters."""
         training = self.recipe.train.training
-        target = count_parameters(self.task, winners["searched"], training)
+        spaces = {name: space_for(self.recipe, genotype) for name, genotype in winners.items()}
+        target = count_parameters(self.task, winners["searched"], training, spaces["searched"])
         overrides: dict[str, dict[str, Any]] = {"searched": {}}
         for name, baseline in self.recipe.baselines.items():
             overrides[name] = dict(baseline.model)
             if baseline.match_parameters:
                 changed = _with_model(training, baseline.model)
-                overrides[name]["width"] = matching_width(self.task, winners[name], changed, target)
+                overrides[name]["width"] = matching_width(self.task, winners[name], changed, target, spaces[name])
         return overrides
 
     def train(self) -> None:

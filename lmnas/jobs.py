@@ -59,6 +59,21 @@ def covering_space(genotype: Genotype) -> Space:
     return space
 
 
+def space_for(recipe: Recipe, genotype: Genotype) -> Space:
+    """Where a model of a recipe is built: in the recipe's own space, whose settings may shape the body (its layers), if
+    that holds `genotype`; else in one that covers it.
+
+    Raises:
+        UserError: unknown space, or not a genotype of it.
+    """
+    if genotype.space == recipe.space["name"]:
+        space = open_space(recipe)
+        with contextlib.suppress(UserError):
+            space.check(genotype)
+            return space
+    return covering_space(genotype)
+
+
 def open_strategy(recipe: Recipe, space: Space, task: Task, search: int) -> Strategy:
     return registry.create("strategy", recipe.strategy, space, task.objective, recipe.seed + search)
 
@@ -80,22 +95,29 @@ def open_device(name: str) -> torch.device:
     return device
 
 
-def build_model(task: Task, genotype: Genotype, training: Training, where: str = "training.model") -> torch.nn.Module:
+def build_model(
+    task: Task,
+    genotype: Genotype,
+    training: Training,
+    where: str = "training.model",
+    space: Space | None = None,
+) -> torch.nn.Module:
+    """A model around the body that `space` builds; default: a space that covers the genotype."""
     settings = training.model_settings(task, where)
-    return task.model(covering_space(genotype).build(genotype, settings.width), settings)
+    return task.model((space or covering_space(genotype)).build(genotype, settings.width), settings)
 
 
-def count_parameters(task: Task, genotype: Genotype, training: Training) -> int:
+def count_parameters(task: Task, genotype: Genotype, training: Training, space: Space | None = None) -> int:
     """Parameters of a model, none of them allocated."""
     with torch.device("meta"):
-        return n_parameters(build_model(task, genotype, training))
+        return n_parameters(build_model(task, genotype, training, space=space))
 
 
-def matching_width(task: Task, genotype: Genotype, training: Training, target: int) -> int:
+def matching_width(task: Task, genotype: Genotype, training: Training, target: int, space: Space | None = None) -> int:
     """The width whose number of parameters comes nearest to `target` (it grows with the width)."""
 
     def count(width: int) -> int:
-        return count_parameters(task, genotype, replace(training, model={**training.model, "width": width}))
+        return count_parameters(task, genotype, replace(training, model={**training.model, "width": width}), space)
 
     low, high = 1, 2
     while count(high) < target:
@@ -147,7 +169,8 @@ def _fit(
 ) -> dict[str, Any]:
     task = open_task(recipe)
     training = replace(recipe.train.training, epochs=epochs, model={**recipe.train.training.model, **model})
-    net = initialise(build_model(task, Genotype.from_dict(genotype), training), seed).to(device)
+    value = Genotype.from_dict(genotype)
+    net = initialise(build_model(task, value, training, space=space_for(recipe, value)), seed).to(device)
     return fit(net, task, training, seed, job, device)
 
 
@@ -165,7 +188,8 @@ def load_model(recipe: Recipe, task: Task, spec: dict[str, Any], weights: Path) 
         UserError: the file is missing, broken or of another model.
     """
     training = replace(recipe.train.training, model={**recipe.train.training.model, **spec["model"]})
-    net = build_model(task, Genotype.from_dict(spec["genotype"]), training)
+    genotype = Genotype.from_dict(spec["genotype"])
+    net = build_model(task, genotype, training, space=space_for(recipe, genotype))
     try:
         net.load_state_dict(load_file(weights))
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -11,7 +11,7 @@ from lmnas import registry
 from lmnas.config import Recipe
 from lmnas.errors import UserError
 from lmnas.genotype import Genotype, load_genotype
-from lmnas.jobs import count_parameters, covering_space, open_device, open_space, open_strategy, open_task
+from lmnas.jobs import count_parameters, covering_space, open_device, open_space, open_strategy, open_task, space_for
 from lmnas.kernels import set_kernel
 from lmnas.protocols import Space, Task
 from lmnas.seeds import rng
@@ -32,7 +32,8 @@ def preflight(recipe: Recipe) -> None:
     training = recipe.train.training
     _check_streams(task, "train.training", training.batch_settings(task), ["train"])
     example = given or space.sample(rng(recipe.seed, "preflight"))
-    _check_size("train.training", lambda: count_parameters(task, example, training))
+    body_space = space_for(recipe, example)
+    _check_size("train.training", lambda: count_parameters(task, example, training, body_space))
     for name, baseline in recipe.baselines.items():
         if baseline.source != "random":
             body = covering_space(load_genotype(baseline.source))
@@ -56,7 +57,7 @@ def preflight(recipe: Recipe) -> None:
         model = training.model_settings(task)
         _check_size("estimator.training", lambda: n_parameters(task.model(space.supernet(model.width), model)))
     else:
-        _check_size("estimator.training", lambda: count_parameters(task, example, training))
+        _check_size("estimator.training", lambda: count_parameters(task, example, training, body_space))
 
 
 def given_genotype(recipe: Recipe, space: Space) -> Genotype | None:

@@ -29,6 +29,8 @@ COMPONENTS: dict[str, dict[str, str]] = {
     },
     "estimator": {
         "shared": "lmnas.estimators.shared:Shared",
+        "hidden-covariance": "lmnas.estimators.proxies:HiddenCovariance",
+        "proxy": "lmnas.estimators.proxies:Proxy",
         "standalone": "lmnas.estimators.standalone:Standalone",
     },
     "task": {

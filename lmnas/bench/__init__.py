@@ -1,5 +1,3 @@
-"""Benchmarks of trained architectures: how well do training-free metrics rank them? Each is a module with `HELP`,
-`add_arguments`, `run`, `text` and `pictures`."""
+"""Published benchmarks, each a module with HELP, add_arguments, run, text and pictures."""
 
-BENCHES = {"nas-bench-bert": "lmnas.bench.nas_bench_bert"}
-"""Name -> module."""
+BENCHES = {"nas-bench-nlp": "lmnas.bench.nas_bench_nlp", "nas-bench-bert": "lmnas.bench.nas_bench_bert"}

@@ -27,6 +27,8 @@ from lmnas.proxies.statistics import Undefined, cosine_score, covariance_score
 from lmnas.seeds import generator
 
 aten = torch.ops.aten
+AMPLITUDES = (0.1, 10.0, 100.0)
+"""Of the noise in the noised Jacobians."""
 ACTIVATIONS = {aten.tanh.default, aten.sigmoid.default, aten.leaky_relu.default, aten.relu.default}
 
 
@@ -80,7 +82,7 @@ class Signals:
         self.layers: list[nn.Module] = list(getattr(body, "layers", [body]))
 
     @cached_property
-    def _pass(self) -> dict[str, Any]:
+    def passed(self) -> dict[str, Any]:
         """The forward pass, and the backward pass of Σy if asked for."""
         seen: list[list[Tensor]] = [[] for _ in self.layers]
 
@@ -127,25 +129,24 @@ class Signals:
     @property
     def entering(self) -> list[Tensor]:
         """Per layer (T, B, H): the hidden state that enters each step, the first of them zero."""
-        return [torch.cat([torch.zeros_like(hs[:1]), hs[:-1]]) for hs in self._pass["outputs"]]
+        return [torch.cat([torch.zeros_like(hs[:1]), hs[:-1]]) for hs in self.passed["outputs"]]
 
     @property
     def jacobian(self) -> Tensor:
         """(B, T · H): ∂Σy / ∂embedded, one row for each column of text."""
-        return self._pass["jacobian"].movedim(1, 0).flatten(1)
+        return self.passed["jacobian"].movedim(1, 0).flatten(1)
 
     @cached_property
     def noised_jacobians(self) -> dict[float, Tensor]:
         """Amplitude a -> the Jacobian at embedded + a · Var_b(embedded) · ξ, one ξ ~ N(0, 1) for all amplitudes."""
         noise = torch.randn(self.embedded.shape, generator=generator(self.seed, "metric-noise")).to(self.embedded)
         noise = noise * self.embedded.var(dim=1, keepdim=True, correction=0)
-        found = {}
-        for amplitude in (0.1, 10.0, 100.0):
-            noisy = (self.embedded + amplitude * noise).requires_grad_()
-            state = self.body.initial_state(self.tokens.shape[1])  # type: ignore[operator]
-            (gradient,) = torch.autograd.grad(self.body(noisy, state, {})[0].sum(), noisy)
-            found[amplitude] = gradient.movedim(1, 0).flatten(1)
-        return found
+        # columns do not see each other: one pass for all amplitudes
+        noisy = torch.cat([self.embedded + amplitude * noise for amplitude in AMPLITUDES], dim=1).requires_grad_()
+        state = self.body.initial_state(noisy.shape[1])  # type: ignore[operator]
+        (gradient,) = torch.autograd.grad(self.body(noisy, state, {})[0].sum(), noisy)
+        parts = gradient.movedim(1, 0).flatten(1).split(self.tokens.shape[1])
+        return dict(zip(AMPLITUDES, parts, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
@@ -171,8 +172,7 @@ def activation_distance(signals: Signals) -> float:
     Undefined where the body applies no activation that PyTorch shows (an `nn.LSTM` runs as one operation).
     """
     assert signals.codes is not None
-    signals._pass
-    if not signals.codes.calls:
+    if not signals.passed or not signals.codes.calls:
         raise Undefined("no activations to be seen")
     sign, logdet = torch.linalg.slogdet(signals.codes.agreements)
     if sign <= 0:
@@ -230,14 +230,14 @@ def synaptic_saliency(signals: Signals) -> float:
 
 def _embedding_gradient(signals: Signals) -> Tensor:
     """(V, H): the gradients of a word's occurrences, added."""
-    gradient = signals._pass["jacobian"]
+    gradient = signals.passed["jacobian"]
     return torch.zeros_like(signals.embedding).index_add_(0, signals.tokens.flatten(), gradient.flatten(0, 1))
 
 
 def _matrices(body: nn.Module) -> Iterable[tuple[Tensor, Tensor]]:
     """(weight, gradient) of the matrices that count for synaptic saliency: all, or those that the body names."""
     if hasattr(body, "salient"):
-        yield from body.salient()
+        yield from body.salient()  # type: ignore[operator]
         return
     for parameter in body.parameters():
         if parameter.ndim >= 2 and parameter.grad is not None:
@@ -249,7 +249,7 @@ def hidden_saliency(signals: Signals) -> float:
 
     The gradient is the whole one: through the recurrence, and through h as the output of the step before.
     """
-    passed, body = signals._pass, signals.body
+    passed, body = signals.passed, signals.body
     total = torch.zeros((), dtype=torch.float64)
     for t, state in enumerate(passed["states"]):
         if t == 0:
@@ -265,7 +265,7 @@ def hidden_saliency(signals: Signals) -> float:
 def _hidden(body: nn.Module, state: Tensor) -> list[Tensor]:
     """Per layer (B, H): the part of a state that was its layer's output."""
     if hasattr(body, "hidden"):
-        return body.hidden(state)
+        return body.hidden(state)  # type: ignore[operator]
     if state.ndim == 2:
         return [state]
     raise Undefined("the body does not say which part of its state is hidden")

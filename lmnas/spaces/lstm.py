@@ -82,6 +82,10 @@ class LSTMBody(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
+    def hidden(self, state: Tensor) -> list[Tensor]:
+        """Per layer (B, H): h, which was the layer's output."""
+        return list(state[:, 0])
+
     def initial_state(self, batch_size: int) -> Tensor:
         return next(self.parameters()).new_zeros(len(self.layers), 2, batch_size, self.width)
 

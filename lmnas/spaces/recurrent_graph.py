@@ -400,8 +400,12 @@ class RecurrentGraph:
             raise UserError(f"genotype {genotype.id}: {wrong}")
 
     def build(self, genotype: Genotype, width: int) -> "GraphBody":
+        return self.stack(genotype, width, (*self.inner_layers, width))
+
+    def stack(self, genotype: Genotype, width: int, layers: Sequence[int]) -> "GraphBody":
+        """A body that reads `width` and has layers of the given widths, whatever the settings (quick predictors)."""
         self.check(genotype)
-        return GraphBody(genotype.choices, width, (*self.inner_layers, width))
+        return GraphBody(genotype.choices, width, layers)
 
     def supernet(self, width: int) -> nn.Module:
         raise UserError("space 'recurrent-graph' has no supernet: use an estimator that scores stand-alone models")

@@ -87,6 +87,11 @@ class Reinforce:
         rewards_per_round: Annotated[int, Field(ge=0)] = 2000,
         rewards_per_update: Annotated[int, Field(ge=1)] = 10,
     ):
+        if not len(space.decisions):
+            raise UserError(
+                f"space {space.name!r} states no decisions for a controller to take; use a strategy that "
+                "samples and mutates"
+            )
         self.space, self.objective, self.seed = space, objective, seed
         self.entropy_weight, self.baseline_decay, self.reward_scale = entropy_weight, baseline_decay, reward_scale
         self.rewards_per_round, self.rewards_per_update = rewards_per_round, rewards_per_update
