@@ -13,6 +13,7 @@ from lmnas.errors import UserError
 from lmnas.genotype import Genotype
 from lmnas.jobs import covering_space
 from lmnas.seeds import generator
+from lmnas.show import describe
 from lmnas.spaces.flexibert import (
     OPERATIONS,
     Encoder,
@@ -248,3 +249,15 @@ def test_sequences_longer_than_the_relative_keys_reach_are_refused():
 def test_language_modelling_refuses_a_body_that_sees_the_next_word():
     with pytest.raises(UserError, match="transformer bodies"):
         load_recipe("quickstart", {"space": {"name": "flexibert"}})
+
+
+def test_show_counts_the_body_alone(tmp_path):
+    """A body that makes no language model is not counted as one."""
+    genotype = FlexiBERT(form="reduced").sample(random.Random(0))
+    (tmp_path / "mine.json").write_text(json.dumps(genotype.to_dict()))
+    result, shown = describe(str(tmp_path / "mine.json"), 128, None, tmp_path)
+    with torch.device("meta"):
+        expected = sum(p.numel() for p in covering_space(genotype).build(genotype, 128).parameters())
+    assert result["n_parameters"] is None and result["n_parameters_body"] == expected
+    assert f"parameters: {expected:,} in the body, for embeddings of width 128" in shown
+    assert (tmp_path / "mine.svg").stat().st_size > 0
