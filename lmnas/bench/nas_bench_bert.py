@@ -131,7 +131,8 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         say: takes lines of progress.
 
     Returns:
-        `metrics`: name -> kendall_tau, spearman_rho, low, high, n; `strata`: "depth x hidden" -> the same;
+        `metrics`: name -> kendall_tau, spearman_rho, low, high, n; `strata`: "depth x hidden" -> the same; `inside`:
+        name -> kendall_tau, low, high, n over the strata together;
         `published`: the same for the published values of the metric on the same models; `undefined`; `models`: the
         values behind it all; and what identifies the run.
 
@@ -183,6 +184,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         "batch": {"sequences": options.sequences, "length": options.length, "text": corpus},
         "metrics": found,
         "strata": strata,
+        "inside": {name: pooled for name in found if (pooled := _pooled(strata, name))},
         "published": _published(models, chosen, options.seed),
         "undefined": undefined,
         "seconds": round(time.perf_counter() - started, 3),
@@ -322,6 +324,21 @@ def _correlations(
     return found, undefined
 
 
+def _pooled(strata: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, float]:
+    """The mean τ inside the strata, weighted by their models, and its 95 % interval; empty where it is defined in none.
+
+    The strata share no model, so the variance of the mean is the weighted sum of theirs, each read from its bootstrap
+    interval as if that were normal: ± 1.96 standard errors.
+    """
+    cells = [cell[name] for cell in strata.values() if name in cell]
+    n = sum(cell["n"] for cell in cells)
+    if not cells or not all(math.isfinite(cell["high"] - cell["low"]) for cell in cells):
+        return {}
+    tau = sum(cell["n"] * cell["kendall_tau"] for cell in cells) / n
+    half = math.hypot(*(cell["n"] * (cell["high"] - cell["low"]) / 2 for cell in cells)) / n
+    return {"kendall_tau": tau, "low": tau - half, "high": tau + half, "n": n}
+
+
 def _published(models: Sequence[Model], names: Sequence[str], seed: int) -> dict[str, Any]:
     """The published values of the chosen metrics on the same models."""
     found: dict[str, Any] = {}
@@ -342,9 +359,10 @@ def text(document: Mapping[str, Any]) -> str:
         f"NAS-Bench-BERT: {document['n']} models ({document['n_networks']} networks, `{document['network']}`), "
         f"{size['sequences']} x {size['length']} tokens, seed {document['seed']}, {document['seconds']:.0f} s",
         "Kendall's tau_b of metric and GLUE (positive: more is better), 95 % bootstrap interval by configuration;",
-        "`published`: the released values on the same models, and on all 500; then tau inside depth x hidden size",
+        "`published`: the released values on the same models, and on all 500; then tau inside depth x hidden size, "
+        "pooled and one by one",
         "",
-        f"{'metric':31}{'tau':>7}{'interval':>18}{'rho':>7}{'n':>5}{'published':>11}{'of 500':>8}  "
+        f"{'metric':31}{'tau':>7}{'interval':>18}{'rho':>7}{'n':>5}{'published':>11}{'of 500':>8}  {'inside':>25}"
         + "".join(f"{stratum:>9}" for stratum in strata),
     ]
     ranked = sorted(document["metrics"].items(), key=lambda item: -item[1]["kendall_tau"])
@@ -355,11 +373,15 @@ def text(document: Mapping[str, Any]) -> str:
             f"{name:31}{found['kendall_tau']:7.3f}{_interval(found):>18}{found['spearman_rho']:7.3f}{found['n']:5d}"
             + (f"{column['kendall_tau']:11.3f}" if column else f"{'':11}")
             + (f"{PUBLISHED[name]:8.3f}" if name in PUBLISHED else f"{'':8}")
-            + "  "
+            + f"  {_with_interval(document['inside'].get(name)):>25}"
             + "".join(f"{cell['kendall_tau']:9.3f}" if cell else f"{'-':>9}" for cell in inside)
         )
     lines += [f"{name}: undefined for {reason}" for name, reason in document["undefined"].items()]
     return "\n".join(lines)
+
+
+def _with_interval(found: Mapping[str, float] | None) -> str:
+    return f"{found['kendall_tau']:.3f} {_interval(found)}" if found else "-"
 
 
 def _interval(found: Mapping[str, float]) -> str:

@@ -329,9 +329,14 @@ class _Measurement:
         self.gradients: dict[tuple[str, int], Tensor] = {}
 
     def values(self) -> dict[str, float | str]:
-        output = self._forward()
-        for readout in self.readouts:
-            self._backward(readout, output, keep=readout != self.readouts[-1])
+        before = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
+        try:
+            output = self._forward()
+            for readout in self.readouts:
+                self._backward(readout, output, keep=readout != self.readouts[-1])
+        finally:
+            for parameter, required in before:
+                parameter.requires_grad_(required)
         values: dict[str, float | str] = {}
         for name, metric in self.chosen.items():
             try:

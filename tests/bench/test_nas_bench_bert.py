@@ -4,8 +4,11 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import random
+import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 import tiny
@@ -13,6 +16,7 @@ import torch
 
 from lmnas.bench import BENCHES, nas_bench_bert
 from lmnas.bench.nas_bench_bert import NAMES, PUBLISHED, TABULAR, batch, pictures, read, run, text
+from lmnas.cli import main
 from lmnas.errors import UserError
 from lmnas.proxies.statistics import rank_correlations
 from lmnas.proxies.transformer import METRICS
@@ -106,6 +110,43 @@ def test_more_is_better_is_positive(place):
         agreement = sum(s * t for s, t in signs)
         tau = agreement / (sum(s * s for s, _ in signs) * sum(t * t for _, t in signs)) ** 0.5
         assert document["metrics"][name]["kendall_tau"] == pytest.approx(tau)
+
+
+def test_pooled_inside_the_strata():
+    """Weights 1 : 3; variances add: the half-widths 0.2 and 0.4 / 3 count (0.2 · 1/4) and (0.4/3 · 3/4)."""
+    strata = {
+        "2 x 128": {"m": {"kendall_tau": 0.5, "low": 0.3, "high": 0.7, "n": 20}},
+        "4 x 128": {"m": {"kendall_tau": 0.1, "low": 0.1 - 0.4 / 3, "high": 0.1 + 0.4 / 3, "n": 60}},
+        "4 x 256": {},
+    }
+    half = math.sqrt(0.05**2 + 0.1**2)
+    expected = {"kendall_tau": 0.2, "low": 0.2 - half, "high": 0.2 + half, "n": 80}
+    assert nas_bench_bert._pooled(strata, "m") == pytest.approx(expected)
+    assert nas_bench_bert._pooled(strata, "other") == {}
+
+
+def test_from_the_command_line(place, capsys):
+    words = ["bench", "nas-bench-bert", "--data", str(place), "--corpus", str(place / "text.txt"), "--length", "8"]
+    assert main([*words, "--metrics", "parameters,depth_width", "--pictures", str(place / "p"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert set(document["metrics"]) == {"parameters", "depth_width"} and len(document["pictures"]) == 2
+    assert main([*words, "--metrics", "depth_width"]) == 0
+    assert "depth_width" in capsys.readouterr().out
+    assert main([*words, "--metrics", "depth"]) == 2
+    assert capsys.readouterr().err.startswith("lmnas: --metrics: 'depth' is unknown. Did you mean")
+
+
+def test_commands_of_the_documents_are_right():
+    page = (Path(__file__).parents[2] / "docs" / "training-free-transformers.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    lmnas bench nas-bench-bert(.*)$", page, re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        nas_bench_bert.add_arguments(parser)
+        parser.add_argument("--pictures")  # the command line's own
+        nas_bench_bert._chosen(parser.parse_args(command.split()).metrics)
+    named = set(re.findall(r"`([a-z_]+)`", page))
+    assert {name for name in NAMES if not name.endswith("_normalized") and not name.startswith("probed_")} <= named
 
 
 def test_without_network_metrics_no_network_is_built(place, monkeypatch):

@@ -357,7 +357,7 @@ def test_what_it_leaves_behind():
     measure(net, tokens(), FORWARD, 0)
     measure(net, tokens(), ["synaptic_saliency"], 0)
     assert seen == [False, True]
-    assert all(parameter.grad is None for parameter in net.parameters())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in net.parameters())
     assert sum(len(module._forward_hooks) for module in net.modules()) == 1
 
 
