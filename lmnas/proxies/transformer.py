@@ -21,7 +21,7 @@ Shapes: B batch, T time, H hidden, N heads, D features of a head, E embedding wi
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -177,6 +177,42 @@ def head_importance(attended: Tensor, gradient: Tensor, size: int) -> list[float
     return (attended * gradient).unflatten(-1, (-1, size)).square().sum(dim=(0, 1, 3)).sqrt().tolist()
 
 
+# ------------------------------------------------------------------------------------------- of the whole network
+
+
+def jacobian_covariance(gradient: Tensor) -> float:
+    """Eq. 1 on the gradient of the position table: embedding features are compared, positions are their samples.
+
+    Args:
+        gradient: (T, E).
+
+    Serianni & Kalita, 2023 (released as "Jacobian Score"), after Mellor et al., 2021, arXiv 2006.04647.
+    """
+    return covariance_score(gradient.t())
+
+
+def jacobian_cosine(gradient: Tensor) -> float:
+    """The cosine score of the same rows: released as "Jacobian Score Normalized", which is no normalised form.
+
+    Args:
+        gradient: (T, E).
+    """
+    return cosine_score(gradient.t())
+
+
+def parameters(network: nn.Module, vanilla_pca: Callable[[], float]) -> float:
+    """All parameters: embeddings and body."""
+    return float(sum(parameter.numel() for parameter in network.parameters()))
+
+
+def w_pca(network: nn.Module, vanilla_pca: Callable[[], float]) -> float:
+    """Weight-weighted PCA: parameters times vanilla PCA, the sum of `pca_dimension` over layers.
+
+    Wang, ICLR 2025, arXiv 2504.15983.
+    """
+    return parameters(network, vanilla_pca) * vanilla_pca()
+
+
 # ------------------------------------------------------------------------------------------- parts of a network
 
 
@@ -239,24 +275,10 @@ class Metric:
     published: str | None = None
 
 
-def n_parameters(network: nn.Module) -> float:
-    """All parameters: embeddings and body."""
-    return float(sum(parameter.numel() for parameter in network.parameters()))
-
-
-def _jacobian_rows(gradient: Tensor) -> Tensor:
-    """(E, T): embedding features are compared, positions are their samples (released)."""
-    return gradient.t()
-
-
 def _both(name: str, metric: Metric) -> dict[str, Metric]:
     """The sum and the mean of one metric's contributions."""
-    fields = {key: getattr(metric, key) for key in ("source", "function", "site", "readout")}
-    column = metric.published
-    return {
-        name: metric,
-        f"{name}_normalized": Metric(**fields, mean=True, published=column and f"{column}_normalized"),
-    }
+    column = metric.published and f"{metric.published}_normalized"
+    return {name: metric, f"{name}_normalized": replace(metric, mean=True, published=column)}
 
 
 METRICS: Mapping[str, Metric] = {
@@ -269,23 +291,19 @@ METRICS: Mapping[str, Metric] = {
     **_both("synaptic_saliency", Metric("matrices", saliency, "feed-forward", "sum", published="synaptic_saliency")),
     **_both("synaptic_diversity", Metric("matrices", diversity, "operation", "sum", published="synaptic_diversity")),
     **_both("head_importance", Metric("matrices", saliency, "heads", "sum", published="head_importance")),
-    "jacobian_covariance": Metric(
-        "positions", lambda g: covariance_score(_jacobian_rows(g)), readout="sum", published="jacobian_score"
-    ),
-    "jacobian_cosine": Metric(
-        "positions", lambda g: cosine_score(_jacobian_rows(g)), readout="sum", published="jacobian_score_normalized"
-    ),
-    "parameters": Metric("network", lambda network, pca: n_parameters(network), published="number_of_parameters"),
+    "jacobian_covariance": Metric("positions", jacobian_covariance, readout="sum", published="jacobian_score"),
+    "jacobian_cosine": Metric("positions", jacobian_cosine, readout="sum", published="jacobian_score_normalized"),
+    "parameters": Metric("network", parameters, published="number_of_parameters"),
     "head_confidence_per_head": Metric("outputs", head_confidence, "operations", mean=True),
     "softmax_confidence_per_head": Metric("outputs", head_softmax_confidence, "softmax", mean=True),
     "head_importance_per_head": Metric("heads", head_importance, readout="probe", mean=True),
     "vanilla_pca": Metric("outputs", pca_dimension, "first feed-forward map"),
-    "w_pca": Metric("network", lambda network, pca: n_parameters(network) * pca()),
+    "w_pca": Metric("network", w_pca),
     "probed_synaptic_saliency": Metric("matrices", saliency, "feed-forward", "probe"),
     "probed_synaptic_diversity": Metric("matrices", diversity, "operation", "probe"),
     "probed_head_importance": Metric("matrices", saliency, "heads", "probe"),
-    "probed_jacobian_covariance": Metric("positions", lambda g: covariance_score(_jacobian_rows(g)), readout="probe"),
-    "probed_jacobian_cosine": Metric("positions", lambda g: cosine_score(_jacobian_rows(g)), readout="probe"),
+    "probed_jacobian_covariance": Metric("positions", jacobian_covariance, readout="probe"),
+    "probed_jacobian_cosine": Metric("positions", jacobian_cosine, readout="probe"),
     "effective_rank": Metric("outputs", effective_rank, "layers", last=True),
 }
 """Name -> metric; higher is taken to mean a better model."""
