@@ -68,7 +68,7 @@ PUBLISHED = {
     "depth_width": 0.801,
 }
 """τ_b of the released metric values with GLUE over all 500 models, recomputed from the authors' release: shown beside
-ours, never used. (Their own text rounds head confidence to 0.49 and parameters to 0.44.)"""
+ours, never used."""
 
 
 @dataclass(frozen=True)
