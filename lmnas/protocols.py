@@ -130,7 +130,9 @@ class Space(Protocol):
 
     name: str
     kind: str
-    """Which bodies it makes: a task lists the kinds it can wrap. `recurrent`: (T, B, H) -> (T, B, H)."""
+    """Which bodies it makes: a task lists the kinds it can wrap. `recurrent`: (T, B, H) -> (T, B, H), causal.
+    `transformer`: (T, B, H) -> (T, B, F), F its `n_features`; it looks both ways, carries no state, and takes the
+    `lengths` (B,) of padded sequences."""
     decisions: Decisions
 
     @classmethod

@@ -9,7 +9,7 @@ from lmnas.errors import UserError
 from lmnas.genotype import Genotype, load_document
 from lmnas.jobs import covering_space
 from lmnas.report.cells import draw
-from lmnas.tasks.language_modeling import LanguageModel, ModelSettings
+from lmnas.tasks.language_modeling import LanguageModel, LanguageModeling, ModelSettings
 from lmnas.train import n_parameters
 
 DEFAULT_WIDTH, DEFAULT_VOCABULARY = 850, 10_000
@@ -20,7 +20,7 @@ def describe(name: str, width: int | None, vocabulary: int | None, out: Path) ->
     """Pictures of a genotype in `out` (SVG and PNG), and its description as JSON values and as text.
 
     `n_parameters` counts a tied language model of `width` and `vocabulary`, with an output bias per word unless the
-    genotype's source counts without one (`decoder_bias` in its file).
+    genotype's source counts without one (`decoder_bias` in its file); None where the body makes no language model.
     """
     width = DEFAULT_WIDTH if width is None else width
     vocabulary = DEFAULT_VOCABULARY if vocabulary is None else vocabulary
@@ -36,7 +36,9 @@ def describe(name: str, width: int | None, vocabulary: int | None, out: Path) ->
     try:
         with torch.device("meta"):
             body = space.build(genotype, width)
-            model = LanguageModel(body, vocabulary, ModelSettings(width=width, decoder_bias=bias))
+            model = None
+            if space.kind in LanguageModeling.kinds:
+                model = LanguageModel(body, vocabulary, ModelSettings(width=width, decoder_bias=bias))
     except (RuntimeError, TypeError) as error:
         if "overflow" not in str(error).lower():  # torch counts bytes in 64 bits
             raise
@@ -57,16 +59,21 @@ def describe(name: str, width: int | None, vocabulary: int | None, out: Path) ->
         "width": width,
         "vocabulary": vocabulary,
         "decoder_bias": bias,
-        "n_parameters": n_parameters(model),
+        "n_parameters": None if model is None else n_parameters(model),
         "n_parameters_body": n_parameters(body),
         "pictures": {kind: str(path) for kind, path in pictures.items()},
     }
+    counted = f"{result['n_parameters_body']:,} in the body, for embeddings of width {width}"
+    if model is not None:
+        counted = (
+            f"{result['n_parameters']:,} as a language model of width {width} and {vocabulary:,} words "
+            f"({'with' if bias else 'without'} an output bias), {result['n_parameters_body']:,} in the cell"
+        )
     lines = [
         f"{document.get('name', stem)}: genotype {genotype.id} of space {genotype.space}",
         *([f"source: {document['source']}"] if document.get("source") else []),
         *(f"  {name} = {value}" for name, value in genotype.choices.items()),
-        f"parameters: {result['n_parameters']:,} as a language model of width {width} and {vocabulary:,} words "
-        f"({'with' if bias else 'without'} an output bias), {result['n_parameters_body']:,} in the cell",
+        f"parameters: {counted}",
         f"pictures: {pictures['svg']}, {pictures['png']}",
     ]
     return result, "\n".join(lines)

@@ -39,7 +39,7 @@ ALLOWED = {
     "executors": {"errors", "jobs"},
     "bench": VALUES
     | {"estimators", "forecast", "job", "jobs", "kernels", "registry", "report", "spaces", "strategies", "tasks"}
-    | {"train"},
+    | {"files", "ops", "proxies", "score", "train"},
 }
 """Part -> the other parts that it may import. Parts that are not here (the driver, the command line) stand on top."""
 ON_TOP = {"__init__", "api", "cli", "experiment", "plan", "preflight", "run", "score", "show"}

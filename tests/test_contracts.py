@@ -31,7 +31,11 @@ RATES = {"x": 0.5, "hidden": 0.5, "weight": 0.5}
 ENAS = {"n_nodes": 5, "input_activation": "searched", "output": "loose-ends", "sharing": "edge"}
 SIZES = {"width": H, "batch_size": B, "bptt": 7, "eval_batch_size": 2, "test_batch_size": 2}
 """What models and batches may ask for; each task takes those that it has."""
-SPACES = [*((name, {}) for name in registry.names("space")), ("recurrent-cell", ENAS)]
+SPACES = [
+    *((name, {}) for name in registry.names("space")),
+    ("recurrent-cell", ENAS),
+    ("flexibert", {"form": "reduced"}),
+]
 
 every_space = pytest.mark.parametrize("name, settings", SPACES)
 every_strategy = pytest.mark.parametrize("name", registry.names("strategy"))

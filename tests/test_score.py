@@ -86,7 +86,7 @@ def test_workers_change_nothing(text):
         (["score", "darts-v2", "--width", "0"], "--width: expected at least 1, got 0"),
         (["score", "darts-v2", "--csv", "--json"], "give one of them"),
         (["bench", "nas-bench-npl"], "Did you mean 'nas-bench-nlp'?"),
-        (["bench"], "nas-bench-nlp"),
+        (["bench"], "required: name"),
         (["bench", "nas-bench-nlp"], "--data"),
         (["bench", "nas-bench-nlp", "--data", "nowhere"], "nowhere: cannot be read"),
     ],
@@ -112,7 +112,7 @@ def test_bench_correlates_scores_with_losses(small, text, tmp_path):
     metrics = ["hidden_covariance_1", "hidden_saliency", "parameters", "predictor"]
     arguments = [*small, "--data", table, "--metrics", ",".join(metrics)]
     cached = [*arguments, "--cache", tmp_path / "cache.jsonl"]
-    found = answer(*cached, "--pictures", tmp_path / "pictures")
+    found = answer(*cached, "--out", tmp_path / "pictures")
     assert list(found["metrics"]) == metrics and found["n_architectures"] == 9
     for name, row in found["metrics"].items():
         scores, losses = zip(*found["points"][name], strict=True)
