@@ -37,12 +37,13 @@ ALLOWED = {
     "config": {"errors", "registry", "train"},
     "jobs": VALUES | {"config", "files", "job", "kernels", "pin", "registry", "train"},
     "executors": {"errors", "jobs"},
+    "score": VALUES | {"jobs", "proxies", "registry", "tasks"},
     "bench": VALUES
     | {"estimators", "forecast", "job", "jobs", "kernels", "registry", "report", "spaces", "strategies", "tasks"}
     | {"files", "ops", "proxies", "score", "train"},
 }
 """Part -> the other parts that it may import. Parts that are not here (the driver, the command line) stand on top."""
-ON_TOP = {"__init__", "api", "cli", "experiment", "plan", "preflight", "run", "score", "show"}
+ON_TOP = {"__init__", "api", "cli", "experiment", "plan", "preflight", "run", "show"}
 BANNED = {"torchvision", "torchaudio", "pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 BANNED_CALLS = {
     "eval",
