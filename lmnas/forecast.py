@@ -102,13 +102,14 @@ def step_forecast(
     choice: Choice,
     kernel: Decided,
     *,
-    momentum: bool = False,
+    optimizer_copies: int = 0,
     copies: int = 0,
 ) -> Forecast:
     """One training step of `model`, which is on `meta`.
 
     Args:
         batch: the largest one.
+        optimizer_copies: of the weights, that the optimiser holds (momentum 1, Adam 2).
         copies: further copies of the weights beside model, gradients and optimiser.
     """
     sizes = [_size(parameter) for parameter in model.parameters()]
@@ -118,7 +119,7 @@ def step_forecast(
         weights=weights,
         # autograd sums the plain kernel's over the time steps before they reach the weights
         gradients=(2 if kernel == "reference" else 1) * used + largest,
-        optimizer=weights if momentum else 0,
+        optimizer=optimizer_copies * weights,
         kept=kept,
         logits=0,
         copies=copies * weights,

@@ -198,7 +198,7 @@ def _forecasts(key: str, kernel: Decided) -> tuple[tuple[str, Forecast, bool, bo
             example.batch,
             example.choice,
             kernel,
-            momentum=optimizer.momentum > 0,
+            optimizer_copies=2 if optimizer.method == "adam" else int(optimizer.momentum > 0),
             copies=0 if alone else copies,
         )
         found.append((example.where, step, alone and optimizer.averaging != "none", alone))

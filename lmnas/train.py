@@ -38,9 +38,12 @@ class Optimizer:
 
     __pydantic_config__ = STRICT
 
+    method: Literal["sgd", "adam"] = "sgd"
+    """SGD as DARTS and ENAS have it, or Adam (Kingma & Ba, 2015) as NAS-Bench-NLP has it, with betas 0.9 and 0.999."""
     learning_rate: Annotated[float, Field(gt=0)] = 20.0
-    """Rate of SGD for a segment of the base length."""
+    """Rate for a segment of the base length; Adam wants one about 0.001."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of SGD."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """L2 coefficient, added to the gradient after clipping."""
     clip: Annotated[float, Field(gt=0)] | None = 0.25
@@ -93,13 +96,14 @@ class WeightTraining:
         self.device = device
         self.stream = task.stream("train", training.batch_settings(task), seed)
         # gradients are clipped before decay is added, so the optimiser's own decay is the right one
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=self.settings.learning_rate,
-            momentum=self.settings.momentum,
-            weight_decay=self.settings.weight_decay,
-            fused=True,  # one pass over the weights, a quarter of the time
-        )
+        rate, decay = self.settings.learning_rate, self.settings.weight_decay
+        self.optimizer: torch.optim.Optimizer
+        # fused: one pass over the weights, a quarter of the time
+        if self.settings.method == "adam":
+            self.optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+        else:
+            momentum = self.settings.momentum
+            self.optimizer = torch.optim.SGD(model.parameters(), rate, momentum, weight_decay=decay, fused=True)
         self.steps = 0
         self.salt = 0
         """Grows at every recovery, so that the steps after it draw other noise than those that led to NaN."""

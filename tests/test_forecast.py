@@ -58,7 +58,7 @@ def test_toy_operations_and_bytes():
 
 def test_parts_of_a_step():
     """V takes part, (99, 99) is the largest parameter; 15 % on top of the parts, and the libraries' own."""
-    step = step_forecast(forecast.on_meta(Toy), toy_batch(), None, "reference", momentum=True, copies=2)
+    step = step_forecast(forecast.on_meta(Toy), toy_batch(), None, "reference", optimizer_copies=1, copies=2)
     weights = 4 * (128 + 64 + 9801)
     assert step == Forecast(weights, 4 * (2 * 64 + 9801), weights, 480, 8 * DEFAULT_CHUNK, 2 * weights)
     parts = 4 * weights + 4 * (2 * 64 + 9801) + 480 + 8 * 1000

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmnas.errors import Diverged
-from lmnas.files import read_events
+from lmnas.files import pack, read_events, unpack
 from lmnas.genotype import load_genotype
 from lmnas.job import Job
 from lmnas.jobs import build_model
@@ -44,6 +44,39 @@ def test_non_monotonic_trigger_by_hand():
     assert not should_average(history, 101.0, Optimizer(averaging="none"), MINIMIZE)
     assert not should_average(history, 101.0, Optimizer(averaging_from=78.0), MINIMIZE)
     assert should_average([0.5, 0.6, 0.6, 0.6, 0.6, 0.6], 0.4, settings, MAXIMIZE)
+
+
+def test_adam_by_hand_and_through_a_checkpoint(tiny_task):
+    """Two steps of Kingma & Ba's algorithm 1 on the clipped gradient plus decay; a saved state goes on equally."""
+    settings = training(method="adam", learning_rate=0.002, clip=0.05, weight_decay=0.01)
+    weights = WeightTraining(model_of(tiny_task, settings), tiny_task, settings, 0, CPU)
+    twin, moments = model_of(tiny_task, settings), {}
+    carry, states = None, []
+    for step in (1, 2):
+        batch = weights.draw()
+        batch.lr_scale = 1.0
+        loss, carry = twin(batch, carry, weights.masks("weights", batch))
+        twin.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in twin.parameters()))
+        with torch.no_grad():
+            for name, p in twin.named_parameters():
+                g = p.grad * min(1.0, 0.05 / (norm + 1e-6)) + 0.01 * p
+                m, v = moments.get(name, (0.0, 0.0))
+                m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+                moments[name] = m, v
+                p -= 0.002 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        weights.update(batch)
+        states.append(unpack(pack(weights.state_dict())))
+    for name, p in weights.model.named_parameters():
+        torch.testing.assert_close(p, twin.get_parameter(name), rtol=1e-4, atol=1e-6)
+    again = WeightTraining(model_of(tiny_task, settings), tiny_task, settings, 0, CPU)
+    again.load_state_dict(states[0])
+    batch = again.draw()
+    batch.lr_scale = 1.0
+    again.update(batch)
+    for name, p in weights.model.named_parameters():
+        assert torch.equal(p, again.model.get_parameter(name))
 
 
 def test_one_step_by_hand(tiny_task):
