@@ -279,7 +279,9 @@ def _candidate_table(candidates: Sequence[Records], objective: Objective) -> str
         )
     more = len(candidates) - len(rows)
     note = f'<p class="faint">and {more:,} more, in results.json</p>' if more > 0 else ""
-    columns = ["architecture", "source", "search seed", "split", _text(objective.name)]
+    # a training-free score has no unit of the task's; that of shared weights does
+    name = "proxy score" if candidates and all(row.get("is_proxy") for row in candidates) else objective.name
+    columns = ["architecture", "source", "search seed", "split", _text(name)]
     return _markup_table(columns, rows, numbers=()) + note
 
 
