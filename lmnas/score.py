@@ -171,6 +171,8 @@ def score_all(genotypes: Sequence[Genotype], protocol: Protocol, metrics: list[s
         finally:
             torch.set_num_threads(threads)
         return
+    if needs_text:
+        batch_of_text(protocol.data, protocol.split)  # a text that is missing is told here, not by a worker that dies
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start, (protocol, metrics, needs_text)) as pool:
         yield from pool.map(_work, documents, chunksize=1)

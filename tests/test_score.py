@@ -174,3 +174,10 @@ def test_bench_reads_the_published_table():
     assert sum(len(entry["runs"]) for entry in read) == 4419  # of trainings in the published table of metrics
     seen = nas_bench_nlp.fitted_groups()
     assert sum(entry["group"] in seen for entry in read) >= 100
+
+
+def test_a_missing_text_is_one_line_with_workers(tmp_path):
+    code, out, err = call(
+        "score", "--sample", "2", "--space", "recurrent-graph", "--data", tmp_path / "none", "--workers", "2"
+    )
+    assert code == 2 and not out and "none" in err.splitlines()[-1] and "Traceback" not in err
