@@ -3,7 +3,6 @@
 from lmnas.kernels.cross_entropy import DEFAULT_CHUNK, set_chunk
 from lmnas.kernels.dispatch import (
     Decided,
-    Kernel,
     decide,
     kernel_in_use,
     linear_cross_entropy,
@@ -23,7 +22,6 @@ __all__ = [
     "OPS",
     "BatchNorm",
     "Decided",
-    "Kernel",
     "Program",
     "decide",
     "edges",

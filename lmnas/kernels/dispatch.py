@@ -15,7 +15,6 @@ from lmnas.errors import UserError, nearest
 from lmnas.kernels import cross_entropy, fused, graphs, planned, reference, segment
 from lmnas.kernels.reference import BatchNorm, Program
 
-Kernel = Literal["auto", "reference", "fused"]
 Decided = Literal["reference", "fused"]
 
 _used: Decided = "reference"

@@ -147,31 +147,29 @@ Tensor loss_only(
     std::vector<double> sums(strips * rows);
     lmnas::each(strips, [&](int64_t strip) {
       std::vector<S> logits(STRIP * rows), part(rows);
-      {
-        const int64_t first = strip * STRIP, height = std::min(STRIP, classes - first);
-        lmnas::multiply<S>(weight.data_ptr<S>() + first * width, width, height, predictions, logits.data(), rows, false);
-        S* top = tops.data() + strip * rows;
-        for (int64_t v = 0; v < height; ++v) {
-          S* row = logits.data() + v * rows;
-          const S b = biases == nullptr ? S(0) : biases[first + v];
+      const int64_t first = strip * STRIP, height = std::min(STRIP, classes - first);
+      lmnas::multiply<S>(weight.data_ptr<S>() + first * width, width, height, predictions, logits.data(), rows, false);
+      S* top = tops.data() + strip * rows;
+      for (int64_t v = 0; v < height; ++v) {
+        S* row = logits.data() + v * rows;
+        const S b = biases == nullptr ? S(0) : biases[first + v];
 #pragma omp simd
-          for (int64_t r = 0; r < rows; ++r) {
-            row[r] += b;
-            top[r] = v == 0 || row[r] > top[r] ? row[r] : top[r];
-          }
-        }
         for (int64_t r = 0; r < rows; ++r) {
-          const int64_t t = target[begin + r] - first;
-          if (target[begin + r] != ignore && t >= 0 && t < height) chosen[r] = logits[t * rows + r];
+          row[r] += b;
+          top[r] = v == 0 || row[r] > top[r] ? row[r] : top[r];
         }
-        std::fill(part.begin(), part.end(), S(0));
-        for (int64_t v = 0; v < height; ++v) {
-          const S* row = logits.data() + v * rows;
-#pragma omp simd
-          for (int64_t r = 0; r < rows; ++r) part[r] += lmnas::exponential(row[r] - top[r]);
-        }
-        std::copy(part.begin(), part.end(), sums.begin() + strip * rows);
       }
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t t = target[begin + r] - first;
+        if (target[begin + r] != ignore && t >= 0 && t < height) chosen[r] = logits[t * rows + r];
+      }
+      std::fill(part.begin(), part.end(), S(0));
+      for (int64_t v = 0; v < height; ++v) {
+        const S* row = logits.data() + v * rows;
+#pragma omp simd
+        for (int64_t r = 0; r < rows; ++r) part[r] += lmnas::exponential(row[r] - top[r]);
+      }
+      std::copy(part.begin(), part.end(), sums.begin() + strip * rows);
     });
     for (int64_t r = 0; r < rows; ++r) {
       if (target[begin + r] == ignore) continue;

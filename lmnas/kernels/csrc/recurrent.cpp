@@ -934,8 +934,6 @@ std::vector<Tensor> segment_backward(
   return Segment<float>(args).backward(gradient.contiguous(), hs, tape, flags);
 }
 
-void release_memory() { arena().release(); }
-
 // Freed memory stays with the process. A training step allocates the same blocks again and again; large ones would come
 // from the system anew each time, at a page fault per 4 kB: a sixth of a retraining step of the DARTS cell.
 void keep_freed_memory() {
@@ -956,7 +954,6 @@ TORCH_LIBRARY(lmnas, library) {
   library.def((std::string("segment_backward") + cell +
                "Tensor gradient, Tensor hs, Tensor(a!) tape, int[] wants) -> Tensor[]")
                   .c_str());
-  library.def("release_memory() -> ()", &release_memory);
   library.def("keep_freed_memory() -> ()", &keep_freed_memory);
 }
 
