@@ -5,6 +5,7 @@ holds no tensors: it proposes, hands jobs to an executor and records.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -52,6 +53,8 @@ from lmnas.verdict import summarise
 
 STAGES = ("search", "select", "train", "test", "report")
 FORMAT = 1
+MORE_ROUNDS = 3
+"""How often a pool whose candidates all failed is followed by the next ones."""
 
 
 class Experiment:
@@ -277,7 +280,7 @@ class Experiment:
     # -------------------------------------------------------------------------------------------------------- select
 
     def _found(self) -> list[Genotype]:
-        """The best few of every search by their score, without repeats."""
+        """The best few of every search by their score, without repeats, and the next ones where all of these failed."""
         if self.given is not None:
             return [self.given]
         record = Record(self.run, "search", self.task.objective, self.space)
@@ -285,14 +288,29 @@ class Experiment:
         for s in range(self.recipe.search.seeds):
             trials = [t for t in record.trials() if t["search_seed"] == s and t["value"] is not None]
             trials.sort(key=lambda t: self.task.objective.key(t["value"]))
-            kept: dict[str, Genotype] = {}
-            for trial in trials:
-                if len(kept) < self.recipe.select.keep:
-                    kept.setdefault(trial["genotype"].id, trial["genotype"])
-            chosen |= kept
+            ranked = {trial["genotype"].id: trial["genotype"] for trial in trials}
+            kept = self._kept(list(ranked.values()))
+            chosen |= {genotype.id: genotype for genotype in kept}
         if not chosen:
             raise UserError(f"run {self.run.path}: no candidates yet; run the search stage first")
         return list(chosen.values())
+
+    def _kept(self, ranked: list[Genotype], at_least: int = 0) -> list[Genotype]:
+        """The first `select.keep` (or `at_least`) of `ranked`, and as many again while every one of them has failed."""
+        n = keep = self.recipe.select.keep
+        n = max(n, at_least)
+        for _ in range(MORE_ROUNDS):
+            if n >= len(ranked) or not all(self._failed(genotype) for genotype in ranked[:n]):
+                break
+            n += keep
+        return ranked[:n]
+
+    def _failed(self, genotype: Genotype) -> bool:
+        """Whether a short training of this candidate was made and gave no model."""
+        results = [
+            read_result(self.run.job(f"select-{genotype.id}-{s}")) for s in self._seeds(self.recipe.select.seeds)
+        ]
+        return any(result is not None and result["status"] != "ok" for result in results)
 
     def _random(self, n: int) -> list[Genotype]:
         """`n` distinct random candidates, the k-th drawn with the run's seed and k."""
@@ -310,7 +328,8 @@ class Experiment:
         pools = {"searched": found}
         for name, baseline in self.recipe.baselines.items():
             if baseline.source == "random":
-                pools[name] = self._random(len(found) if self.given is None else self.recipe.select.keep)
+                n = len(found) if self.given is None else self.recipe.select.keep
+                pools[name] = self._kept(self._random(n + MORE_ROUNDS * self.recipe.select.keep), n)
         return pools
 
     def _fit_job(self, name: str, genotype: Genotype, seed: int, epochs: int, model: dict[str, Any]) -> NamedSpec:
@@ -321,18 +340,24 @@ class Experiment:
         return [self.recipe.seed + i for i in range(n)]
 
     def select(self) -> None:
-        """Retrain the candidates shortly; a pool of one needs none."""
+        """Retrain the candidates shortly; a pool of one needs none. Where all of a pool fail, the next best follow."""
         settings = self.recipe.select
-        pools = {name: pool for name, pool in self._pools().items() if len(pool) > 1}
-        jobs = {
-            f"select-{genotype.id}-{seed}": self._fit_job(
-                f"select-{genotype.id}-{seed}", genotype, seed, settings.epochs, {}
-            )
-            for pool in pools.values()
-            for genotype in pool
-            for seed in self._seeds(settings.seeds)
-        }
-        self._run_jobs(list(jobs.values()))
+        for again in itertools.count():
+            pools = {name: pool for name, pool in self._pools().items() if len(pool) > 1}
+            jobs = {
+                f"select-{genotype.id}-{seed}": self._fit_job(
+                    f"select-{genotype.id}-{seed}", genotype, seed, settings.epochs, {}
+                )
+                for pool in pools.values()
+                for genotype in pool
+                for seed in self._seeds(settings.seeds)
+            }
+            due = [job for name, job in jobs.items() if read_result(self.run.job(name)) is None]
+            if again and due:
+                self.display.message("select: every candidate of a pool failed; the next ones follow")
+            self._run_jobs(due)
+            if not due:
+                break
         record = Record(self.run, "select", self.task.objective, self.space)
         for name, pool in pools.items():
             for genotype in pool:

@@ -32,6 +32,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "hidden-covariance": "lmnas.estimators.proxies:HiddenCovariance",
         "proxy": "lmnas.estimators.proxies:Proxy",
         "standalone": "lmnas.estimators.standalone:Standalone",
+        "table": "lmnas.estimators.table:Table",
     },
     "task": {
         "language-modeling": "lmnas.tasks.language_modeling:LanguageModeling",

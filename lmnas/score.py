@@ -21,8 +21,9 @@ from lmnas import registry
 from lmnas.errors import UserError, nearest
 from lmnas.genotype import Genotype, load_genotype
 from lmnas.jobs import covering_space
+from lmnas.kernels.library import exact_onednn_products, keep_freed_memory
 from lmnas.protocols import Space
-from lmnas.proxies import predictor
+from lmnas.proxies import predictor, transformer
 from lmnas.proxies.recurrent import METRICS, measure
 from lmnas.proxies.statistics import Undefined
 from lmnas.seeds import generator, rng
@@ -56,24 +57,34 @@ class Protocol:
     seed: int
 
 
-def known_metrics() -> list[str]:
-    return [*METRICS, *predictor.SCORES]
+DEFAULTS = {
+    "recurrent": ("hidden_covariance_1", "jacobian_cosine", "parameters"),
+    "transformer": ("head_confidence", "w_pca", "parameters"),
+}
+"""Kind of body -> the metrics that `lmnas score` shows unless others are asked for."""
 
 
-def check_metrics(text: str | None, default: Sequence[str]) -> list[str]:
-    """The metrics named in `a,b`; `all` for all.
+def known_metrics(kind: str = "recurrent") -> list[str]:
+    return [*METRICS, *predictor.SCORES] if kind == "recurrent" else [*transformer.METRICS]
+
+
+def check_metrics(text: str | None, default: Sequence[str], kind: str = "recurrent") -> list[str]:
+    """The metrics named in `a,b`; `all` for all that bodies of this kind have.
 
     Raises:
         UserError: an unknown name.
     """
     if text is None:
         return list(default)
-    names = known_metrics() if text == "all" else list(dict.fromkeys(filter(None, text.split(","))))
+    known = known_metrics(kind)
+    names = known if text == "all" else list(dict.fromkeys(filter(None, text.split(","))))
     for name in names:
-        if name not in known_metrics():
-            raise UserError(f"--metrics: {name!r} is unknown. " + nearest(name, known_metrics()))
+        if name not in known:
+            others = [other for other in DEFAULTS if other != kind and name in known_metrics(other)]
+            fits = f"is for {others[0]} bodies, these are {kind} ones. " if others else "is unknown. "
+            raise UserError(f"--metrics: {name!r} {fits}" + nearest(name, known))
     if not names:
-        raise UserError("--metrics: expected names, such as hidden_covariance_1,predictor")
+        raise UserError(f"--metrics: expected names, such as {','.join(DEFAULTS[kind][:2])}")
     return names
 
 
@@ -98,6 +109,11 @@ def score(
 ) -> Values:
     """All `metrics` of one architecture; those that share passes are measured together."""
     chosen = list(metrics)
+    if space.kind == "transformer":
+        body = space.build(genotype, protocol.width)
+        return transformer.measure(
+            transformer.untrained(body, text[1], protocol.seed), text[0].t(), chosen, protocol.seed
+        )
     values: Values = {}
     shared = [name for name in chosen if name in METRICS]
     if shared:
@@ -109,12 +125,7 @@ def score(
 
 
 def network(space: Any, genotype: Genotype, protocol: Protocol, vocabulary: int) -> tuple[nn.Module, Tensor]:
-    """An untrained body, stacked where the space can, and its (V, H) embedding."""
-    if space.kind != "recurrent":
-        raise UserError(
-            f"genotype {genotype.id}: space {space.name!r} makes {space.kind} bodies; these metrics are "
-            "for recurrent ones"
-        )
+    """An untrained recurrent body, stacked where the space can, and its (V, H) embedding."""
     if protocol.inner and hasattr(space, "stack"):
         body = space.stack(genotype, protocol.width, (*protocol.inner, protocol.width))
     else:
@@ -149,18 +160,20 @@ _worker: dict[str, Any] = {}
 
 def _start(protocol: Protocol, metrics: list[str], needs_text: bool) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     text = batch_of_text(protocol.data, protocol.split) if needs_text else None
     _worker.update(protocol=protocol, metrics=metrics, text=text)
 
 
 def _work(document: dict[str, Any]) -> Values:
     genotype = Genotype.from_dict(document)
-    return score(covering_space(genotype), genotype, _worker["protocol"], _worker["text"], _worker["metrics"])
+    with exact_onednn_products():
+        return score(covering_space(genotype), genotype, _worker["protocol"], _worker["text"], _worker["metrics"])
 
 
 def score_all(genotypes: Sequence[Genotype], protocol: Protocol, metrics: list[str], workers: int) -> Iterator[Values]:
     """The values of every genotype, in order, as they come; `workers` processes of one thread each."""
-    needs_text = any(name in METRICS for name in metrics)
+    needs_text = any(name not in predictor.SCORES for name in metrics)
     documents = [genotype.to_dict() for genotype in genotypes]
     if workers <= 1:
         threads = torch.get_num_threads()
@@ -223,6 +236,28 @@ def sampled(space: str, n: int, seed: int) -> list[tuple[str, Genotype]]:
     return [(genotype.id, genotype) for genotype in drawn]
 
 
+def one_kind(genotypes: Sequence[Genotype]) -> str:
+    """The kind of body that all `genotypes` make.
+
+    Raises:
+        UserError: not a genotype of its space, a kind without metrics, or several kinds.
+    """
+    kinds: dict[str, Genotype] = {}
+    for genotype in genotypes:
+        kinds.setdefault(covering_space(genotype).kind, genotype)
+    for kind, genotype in kinds.items():
+        if kind not in DEFAULTS:
+            raise UserError(
+                f"genotype {genotype.id}: space {genotype.space!r} makes {kind} bodies, and there are metrics for "
+                f"{' and '.join(DEFAULTS)} ones only"
+            )
+    if len(kinds) > 1:
+        raise UserError(
+            f"expected architectures of one kind, whose metrics are the same, got {' and '.join(sorted(kinds))}"
+        )
+    return next(iter(kinds))
+
+
 def run(options: Any, say: Callable[[str], None]) -> dict[str, Any]:
     """The JSON document of `lmnas score`."""
     if (options.source is None) == (options.sample is None):
@@ -236,9 +271,8 @@ def run(options: Any, say: Callable[[str], None]) -> dict[str, Any]:
         raise UserError(f"--sample: needs --space. Known: {', '.join(registry.names('space'))}.")
     else:
         named = sampled(options.space, options.sample, options.seed)
-    metrics = check_metrics(options.metrics, ("hidden_covariance_1", "jacobian_cosine", "parameters"))
-    for _, genotype in named:
-        covering_space(genotype)  # all are checked before the first is measured
+    kind = one_kind([genotype for _, genotype in named])  # all are checked before the first is measured
+    metrics = check_metrics(options.metrics, DEFAULTS[kind], kind)
     protocol = Protocol(options.data, "valid", options.width, (), options.seed)
     rows = []
     for (name, genotype), values in zip(

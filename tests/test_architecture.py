@@ -19,16 +19,17 @@ ALLOWED = {
     "decisions": {"errors"},
     "genotype": {"errors"},
     "job": {"errors", "files"},
+    "published": {"errors"},
     "protocols": {"decisions", "genotype", "job"},
     "registry": {"errors"},
     "kernels": {"errors"},
     "ops": {"kernels"},
-    "spaces": VALUES | {"kernels", "ops"},
+    "spaces": VALUES | {"kernels", "ops", "published"},
     "tasks": VALUES | {"kernels", "ops", "files"},
     "strategies": VALUES,
     "train": VALUES | {"files", "job", "registry"},
     "proxies": VALUES | {"kernels", "ops"},
-    "estimators": VALUES | {"files", "job", "proxies", "train"},
+    "estimators": VALUES | {"files", "job", "proxies", "published", "train"},
     "verdict": VALUES,
     "report": VALUES | {"files", "verdict"},
     "progress": set(),
@@ -37,10 +38,10 @@ ALLOWED = {
     "config": {"errors", "registry", "train"},
     "jobs": VALUES | {"config", "files", "job", "kernels", "pin", "registry", "train"},
     "executors": {"errors", "jobs"},
-    "score": VALUES | {"jobs", "proxies", "registry", "tasks"},
+    "score": VALUES | {"jobs", "kernels", "proxies", "registry", "tasks"},
     "bench": VALUES
     | {"estimators", "forecast", "job", "jobs", "kernels", "registry", "report", "spaces", "strategies", "tasks"}
-    | {"files", "ops", "proxies", "score", "train"},
+    | {"files", "ops", "proxies", "published", "score", "train"},
 }
 """Part -> the other parts that it may import. Parts that are not here (the driver, the command line) stand on top."""
 ON_TOP = {"__init__", "api", "cli", "experiment", "plan", "preflight", "run", "show"}

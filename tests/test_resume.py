@@ -1,6 +1,7 @@
 """Kill anywhere, continue exactly: what a run leaves does not depend on how often it was killed or hindered."""
 
 import errno
+import json
 import os
 import random
 import resource
@@ -365,6 +366,24 @@ def test_when_all_diverge_the_run_ends_with_a_clear_message(strategy, untouched,
     for _ in range(2):  # and says it again
         with pytest.raises(UserError, match=r"every candidate failed \(diverged at step 1: loss is not finite"):
             go(tmp_path, document, ("search",))
+
+
+def test_where_all_kept_candidates_diverge_the_next_best_follow(untouched, tmp_path, monkeypatch):
+    """The best two of four fail in selection: the other two are tried, and one of them wins; twice the same."""
+    document, _, _, _ = untouched("random")
+    document = {**document, "search": {"seeds": 1, "candidates": 4, "batch": 4}, "baselines": {}}
+    document["select"] = {"keep": 2, "epochs": 1, "seeds": 1}
+    for path in (tmp_path / "first", tmp_path / "second"):
+        go(path, document, ("search",))
+        rows = sorted((value, attrs["genotype_id"]) for _, _, _, value, _, attrs in killing.trials(path))
+        ranked = [identity for _, identity in rows]
+        best = {f"select-{identity}-0" for identity in ranked[:2]}
+        with pytest.MonkeyPatch.context() as patch:
+            poison(patch, lambda job, training, best=best: job in best)
+            go(path, document)
+        states = {name: read_result(path / "jobs" / f"select-{name}-0")["status"] for name in ranked}
+        assert [states[name] for name in ranked] == ["diverged", "diverged", "ok", "ok"]
+        assert json.loads((path / "results.json").read_text())["genotype"]["id"] in ranked[2:]
 
 
 # -------------------------------------------------------------------------------------------------- memory and disk

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from scipy import stats
 from test_cli import answer, call
 
 from lmnas.bench import nas_bench_nlp
 from lmnas.genotype import load_genotype
-from lmnas.score import sampled
+from lmnas.jobs import covering_space
+from lmnas.kernels.library import exact_onednn_products
+from lmnas.proxies import transformer
+from lmnas.score import batch_of_text, sampled
 
 TABLE = Path(os.environ.get("LMNAS_DATA", "data")) / "nas-bench-nlp"
 
@@ -69,6 +73,31 @@ def test_many_architectures_as_csv_and_json_agree(text, tmp_path):
     assert [row["name"] for row in given["scores"]] == ["first", load_genotype("lstm-1").id, "0"]
 
 
+def test_transformers_have_metrics_of_their_own(text):
+    """The table's values are those of the functions; other kinds' metrics, and a mixture of kinds, are refused."""
+    arguments = ["score", "--sample", 2, "--space", "flexibert", "--data", text, "--width", 8, "--seed", 3]
+    found = answer(*arguments, "--metrics", "all")
+    tokens, vocabulary = batch_of_text(str(text), "valid")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for (_, genotype), row in zip(sampled("flexibert", 2, 3), found["scores"], strict=True):
+        network = transformer.untrained(covering_space(genotype).build(genotype, 8), vocabulary, 3)
+        with exact_onednn_products():  # some of these metrics are rounding error
+            expected = transformer.measure(network, tokens.t(), transformer.METRICS, 3)
+        assert row["metrics"] == {k: None if isinstance(v, str) else v for k, v in expected.items()}
+        assert row["metrics"]["parameters"] == sum(p.numel() for p in network.parameters())
+    torch.set_num_threads(threads)
+    assert list(answer(*arguments)["scores"][0]["metrics"]) == ["head_confidence", "w_pca", "parameters"]
+    code, _, err = call(*arguments, "--metrics", "hidden_covariance_1")
+    assert code == 2 and "is for recurrent bodies, these are transformer ones" in err
+
+
+def test_kinds_are_not_mixed(text, tmp_path):
+    lines = [sampled(space, 1, 0)[0][1].to_dict() for space in ("flexibert", "recurrent-cell")]
+    code, _, err = call("score", write(tmp_path / "two.jsonl", lines), "--data", text)
+    assert code == 2 and "got recurrent and transformer" in err
+
+
 def test_workers_change_nothing(text):
     arguments = ["score", "--sample", 2, "--space", "recurrent-graph", "--data", text, "--width", 6]
     assert answer(*arguments, "--workers", 2)["scores"] == answer(*arguments)["scores"]
@@ -119,7 +148,7 @@ def test_bench_correlates_scores_with_losses(small, text, tmp_path):
         assert row["kendall_tau"] == pytest.approx(stats.kendalltau(scores, [-v for v in losses]).statistic)
         assert row["low"] <= row["kendall_tau"] <= row["high"] and row["n"] == len(scores)
     assert found["metrics"]["predictor"]["n"] == 9
-    assert found["speed"]["shared"] > 0 and found["speed"]["one_by_one"] > 0
+    assert all(found["speed"][way] > 0 for way in ("ours", "one_worker", "plain"))
     drawn = {Path(path).name for path in found["pictures"]}
     assert drawn == {f"nas-bench-nlp-{name}.png" for name in [*metrics, "regret"]}
     # what was measured is read again, torn line or not; and without the file all is the same

@@ -5,18 +5,17 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from lmnas.kernels.library import EXACT, onednn_products, product_error
 
 BUSY = (0, 1, 2, 5, 6, 7)
 """Columns of a `cpu` line in /proc/stat that are work: user, nice, system, irq, softirq, steal."""
 PRODUCTS = ((2048, 600, 300), (1024, 1024, 1024))
 """Rows, inner, columns of the products whose rate is measured."""
-EXACT = 1e-6
-"""Relative error up to which a product counts as float32."""
 
 
 def busy_seconds() -> float | None:
@@ -55,27 +54,12 @@ def clock(threads: int, device: torch.device) -> Callable[[], float]:
     return time.process_time if threads == 1 else time.perf_counter
 
 
-@contextlib.contextmanager
-def _onednn() -> Iterator[None]:
-    """Products by oneDNN; where the processor has units for bfloat16 tiles this rounds, so it must be checked."""
-    backend: Any = torch.backends.mkldnn
-    before = backend.matmul.fp32_precision
-    backend.matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        backend.matmul.fp32_precision = before
-
-
 def _rate(now: Callable[[], float], m: int, k: int, n: int, seconds: float, device: torch.device) -> float | None:
     """GFLOP/s of an (m, k) by (k, n) product, the best of several; None: it is not exact."""
-    noise = torch.Generator().manual_seed(0)
-    a = torch.randn(m, k, generator=noise).to(device)
-    b = torch.randn(k, n, generator=noise).to(device)
-    out = a @ b
-    exact = a.double() @ b.double()
-    if ((out.double() - exact).norm() / exact.norm()).item() > EXACT:
+    if product_error(m, k, n, device) > EXACT:
         return None
+    a, b = torch.ones(m, k, device=device), torch.ones(k, n, device=device)
+    out = a @ b
     best, began = 0.0, time.perf_counter()
     while time.perf_counter() - began < seconds:
         start = now()
@@ -97,7 +81,7 @@ def product_rates(threads: int, device: torch.device, seconds: float = 0.3) -> d
         found[route] = {}
         for m, k, n in PRODUCTS:
             try:
-                with _onednn() if route == "onednn" else contextlib.nullcontext():
+                with onednn_products() if route == "onednn" else contextlib.nullcontext():
                     found[route][f"{m}x{k}x{n}"] = _rate(now, m, k, n, seconds, device)
             except (AttributeError, RuntimeError):  # old versions and some builds have no such setting
                 found[route][f"{m}x{k}x{n}"] = None

@@ -12,13 +12,16 @@ to are left out of its row.
 import argparse
 import json
 import math
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import t
 
 from lmnas.errors import UserError
 from lmnas.files import append_line
@@ -27,11 +30,11 @@ from lmnas.jobs import covering_space
 from lmnas.proxies import predictor
 from lmnas.proxies.recurrent import METRICS
 from lmnas.proxies.statistics import Undefined, rank_correlations
+from lmnas.published import FILE, nas_bench_nlp
 from lmnas.score import Protocol, Values, batch_of_text, check_metrics, score, score_all
 from lmnas.seeds import rng
 
 HELP = "rank the recurrent cells of NAS-Bench-NLP by training-free scores, against their published losses"
-NAME = "architectures.jsonl"
 INNER, WIDTH = (600, 600), 400
 DEFAULT = (
     "hidden_covariance_1",
@@ -60,14 +63,16 @@ PUBLISHED = {
 }
 """τ over the 8,794 published rows (one a training), in the direction of METRICS. The published Jacobian covariance is
 of the embedded words, not of gradients, and is no reference."""
-N_SPEED, N_RESAMPLES = 3, 1000
+N_SPEED, N_RESAMPLES = 4, 1000
 N_POOLS, POOL = 20, 200
 """Simulated searches, and candidates of each."""
 EVALUATIONS = (1, 2, 5, 10, 20, 50, 100)
+REPLAYED = ("hidden_covariance_1", "operations", "prior", "predictor")
+"""Orders of the regret's picture, where they were asked for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help=f"the table, or a folder with its {NAME}")
+    parser.add_argument("--data", required=True, help=f"the table, or a folder with its {FILE}")
     parser.add_argument("--corpus", default="ptb", help="the text that the networks read (default: ptb)")
     parser.add_argument("--limit", type=int, help="score so many architectures, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0, help="of weights, noise, --limit and resampling")
@@ -83,37 +88,19 @@ def read_table(data: str) -> list[dict[str, Any]]:
     Raises:
         UserError: no such file, or a line that is no entry.
     """
-    path = Path(data)
-    path = path / NAME if path.is_dir() else path
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {path}: cannot be read ({error})") from None
     entries = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            recipe, group, ptb = entry["recipe"], entry["group"], entry["ptb"]
-            losses = [run["test_loss"] for run in ptb["runs"] if run["test_loss"] is not None]
-            # runs that the published table leaves out count only where the file does not say
-            scored = [
-                run["test_loss"] for run in ptb["runs"] if run.get("scored", True) and run["test_loss"] is not None
-            ]
-            mean = ptb.get("test_loss_mean")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(
-                f"--data {path}, line {number}: expected an entry with id, group, recipe and ptb.runs"
-            ) from None
-        genotype = Genotype("recurrent-graph", recipe)
+    for number, cell in enumerate(nas_bench_nlp(data, "--data"), start=1):
+        genotype = Genotype("recurrent-graph", cell.recipe)
         try:
             covering_space(genotype)
         except UserError as error:
-            raise UserError(f"--data {path}, line {number}: {error}") from None
-        if losses:
-            mean = sum(losses) / len(losses) if mean is None else mean
-            entries.append({"id": entry["id"], "group": str(group), "genotype": genotype, "loss": mean, "runs": scored})
+            raise UserError(f"--data {data}, line {number}: {error}") from None
+        if cell.loss is not None:
+            entries.append(
+                {"id": cell.id, "group": cell.group, "genotype": genotype, "loss": cell.loss, "runs": cell.scored}
+            )
     if not entries:
-        raise UserError(f"--data {path}: no entry has a Penn Treebank loss")
+        raise UserError(f"--data {data}: no entry has a Penn Treebank loss")
     return entries
 
 
@@ -161,7 +148,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         "workers": options.workers,
         "seconds": round(seconds, 2),
         "architectures_per_second": round(n_new / seconds, 3) if n_new else None,
-        "speed": speed([entry["genotype"] for entry in entries[:N_SPEED]], metrics, protocol),
+        "speed": speed([entry["genotype"] for entry in entries[:N_SPEED]], metrics, protocol, options.workers),
     }
 
 
@@ -204,7 +191,7 @@ def regret(
 
     Returns:
         `evaluations`, and per order the mean over pools of (best loss so far - best loss of the pool) in nats, and its
-        standard error.
+        95 % interval (`low`, `high`, Student's t over the pools).
     """
     seen = fitted_groups() if "predictor" in metrics else set()
     usable = [i for i, entry in enumerate(entries) if entry["group"] not in seen]
@@ -224,9 +211,13 @@ def regret(
     summary: dict[str, Any] = {"evaluations": counts, "pools": N_POOLS, "pool_size": size, "orders": {}}
     for name, found in curves.items():
         columns = list(zip(*found, strict=True))
+        means = [statistics.fmean(column) for column in columns]
+        errors = [statistics.stdev(column) / math.sqrt(len(column)) for column in columns]
+        reach = t.ppf(0.975, N_POOLS - 1)
         summary["orders"][name] = {
-            "mean": [round(statistics.fmean(column), 5) for column in columns],
-            "standard_error": [round(statistics.stdev(column) / math.sqrt(len(column)), 5) for column in columns],
+            "mean": [round(mean, 5) for mean in means],
+            "low": [round(mean - reach * error, 5) for mean, error in zip(means, errors, strict=True)],
+            "high": [round(mean + reach * error, 5) for mean, error in zip(means, errors, strict=True)],
         }
     return summary
 
@@ -236,25 +227,35 @@ def fitted_groups() -> set[str]:
     return set(json.loads(predictor.SHIPPED.read_text(encoding="utf-8"))["provenance"]["groups"])
 
 
-def speed(genotypes: Sequence[Genotype], metrics: Sequence[str], protocol: Protocol) -> dict[str, float]:
-    """Architectures a second on one thread: metrics that share their passes, and each with passes of its own."""
+def speed(genotypes: Sequence[Genotype], metrics: Sequence[str], protocol: Protocol, workers: int) -> dict[str, float]:
+    """Architectures a second, side by side: as this benchmark scores them, and one at a time, one metric at a time, in
+    a process that leaves PyTorch as it is (`plain`). Each way scores one architecture unmeasured first."""
     metrics = [name for name in metrics if name in METRICS]
-    if not metrics:
+    if not metrics or not genotypes:
         return {}
-    text = batch_of_text(protocol.data, protocol.split)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = {"n": float(len(genotypes))}
-    try:
-        for way, parts in (("shared", [metrics]), ("one_by_one", [[name] for name in metrics])):
-            began = time.monotonic()
-            for genotype in genotypes:
-                for part in parts:
-                    score(covering_space(genotype), genotype, protocol, text, part)
-            found[way] = round(len(genotypes) / (time.monotonic() - began), 3)
-    finally:
-        torch.set_num_threads(threads)
+    found = {"n": float(len(genotypes)), "workers": float(workers)}
+    documents = [genotype.to_dict() for genotype in genotypes]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        found["plain"] = round(pool.submit(_plain_rate, documents, list(metrics), protocol).result(), 3)
+    for name, n in (("one_worker", 1), ("ours", workers)):
+        # a worker's first one pays for its start
+        arrived = [time.monotonic() for _ in score_all([*genotypes[:1] * n, *genotypes], protocol, list(metrics), n)]
+        found[name] = round(len(genotypes) / (arrived[-1] - arrived[n - 1]), 3)
     return found
+
+
+def _plain_rate(documents: Sequence[dict[str, Any]], metrics: Sequence[str], protocol: Protocol) -> float:
+    torch.set_num_threads(1)
+    text = batch_of_text(protocol.data, protocol.split)
+    genotypes = [Genotype.from_dict(document) for document in documents]
+    began = math.nan
+    for number, genotype in enumerate([genotypes[0], *genotypes]):
+        if number == 1:
+            began = time.monotonic()
+        for name in metrics if number else metrics[:1]:
+            score(covering_space(genotype), genotype, protocol, text, [name])
+    return len(genotypes) / (time.monotonic() - began)
 
 
 def text(document: Mapping[str, Any]) -> str:
@@ -269,18 +270,21 @@ def text(document: Mapping[str, Any]) -> str:
     replay = document["regret"]
     lines += [
         "",
-        f"regret in nats after so many trainings, mean of {replay['pools']} pools of {replay['pool_size']}",
-        f"{'order':<30}" + "".join(f"{count:>9}" for count in replay["evaluations"]),
+        f"regret in nats after so many trainings, mean of {replay['pools']} searches with pools of "
+        f"{replay['pool_size']} ± half of the 95 % interval",
+        f"{'order':<30}" + "".join(f"{count:>14}" for count in replay["evaluations"]),
     ]
     lines += [
-        f"{name:<30}" + "".join(f"{value:>9.4f}" for value in row["mean"]) for name, row in replay["orders"].items()
+        f"{name:<30}"
+        + "".join(f"{f'{m:.3f} ± {h - m:.3f}':>14}" for m, h in zip(row["mean"], row["high"], strict=True))
+        for name, row in replay["orders"].items()
     ]
     speed = document["speed"]
     if speed:
         lines.append("")
         lines.append(
-            f"architectures a second, one thread: {speed['shared']:g} with shared passes, {speed['one_by_one']:g} one "
-            "metric at a time"
+            f"architectures a second: {speed['ours']:g} with {speed['workers']:g} processes, {speed['one_worker']:g} "
+            f"with one, {speed['plain']:g} one metric at a time as PyTorch comes"
         )
     return "\n".join(lines)
 
@@ -308,12 +312,15 @@ def pictures(document: Mapping[str, Any], folder: Path) -> list[Path]:
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot()
     replay = document["regret"]
-    for name, row in replay["orders"].items():
+    shown = [name for name in ("random", *REPLAYED) if name in replay["orders"]] or list(replay["orders"])
+    for name in shown:
+        row = replay["orders"][name]
         axes.plot(replay["evaluations"], row["mean"], label=name, linestyle="--" if name == "random" else "-")
+        axes.fill_between(replay["evaluations"], row["low"], row["high"], alpha=0.15)
     axes.set_xscale("log")
     axes.set_xlabel("trainings")
     axes.set_ylabel("regret of the test loss, nats per word")
-    axes.set_title(f"mean of {replay['pools']} pools of {replay['pool_size']}")
+    axes.set_title(f"{replay['pools']} searches with pools of {replay['pool_size']}, 95 % intervals", fontsize=9)
     axes.legend(fontsize=7)
     paths.append(folder / "nas-bench-nlp-regret.png")
     figure.savefig(paths[-1], dpi=130)

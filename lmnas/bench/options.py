@@ -55,7 +55,7 @@ def settle_threads(given: int | None) -> int:
 
 def settle_kernel(name: str, say: Say) -> Decided:
     """Takes the kernel for this process; says so if it is compiled first."""
-    if name != "reference" and must_compile():
+    if name in ("auto", "fused") and must_compile():
         say("compiling the fused kernel, about 15 s, once")
     kernel: Decided = decide(lambda: math.inf)[0] if name == "auto" else name  # type: ignore[assignment]
     set_kernel(kernel)

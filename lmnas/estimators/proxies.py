@@ -14,17 +14,19 @@ from lmnas.errors import Unscored, UserError, nearest
 from lmnas.genotype import Genotype
 from lmnas.job import Job
 from lmnas.protocols import Score, Space, Strategy, Task
-from lmnas.proxies import predictor
+from lmnas.proxies import predictor, transformer
 from lmnas.proxies.recurrent import METRICS, measure
 from lmnas.proxies.statistics import Undefined
 from lmnas.train import Training, initialise
 
 PREDICTED = ("predictor", "prior")
 """Scores of a small network of their own, for spaces that build one (`stack`)."""
+KNOWN = {"recurrent": (*METRICS, *PREDICTED), "transformer": tuple(transformer.METRICS)}
+"""Kind of body -> its metrics."""
 
 
 class Proxy:
-    """A training-free metric of recurrent bodies (`metric`), such as Jacobian cosine or a predictor."""
+    """A training-free metric of recurrent or Transformer bodies (`metric`), such as Jacobian cosine or a predictor."""
 
     provides: frozenset[str] = frozenset()
     is_proxy = True
@@ -45,14 +47,22 @@ class Proxy:
         """
         Args:
             training: only its model counts: what is scored is that model, untrained.
-            metric: one of lmnas.proxies.recurrent.METRICS, or `predictor` or `prior`.
+            metric: one of lmnas.proxies.recurrent.METRICS, or `predictor` or `prior`; for Transformer bodies one of
+                lmnas.proxies.transformer.METRICS.
             columns: columns of text in the batch (the paper: 50); default: as in training.
             steps: tokens of each (the paper: 70); default: as in training.
         """
-        if metric not in METRICS and metric not in PREDICTED:
-            raise UserError(f"estimator.metric {metric!r} is unknown. " + nearest(metric, [*METRICS, *PREDICTED]))
-        if space.kind != "recurrent":
-            raise UserError(f"estimator.metric {metric!r} is for recurrent bodies; space {space.name!r} makes others")
+        known = KNOWN.get(space.kind)
+        if known is None:
+            raise UserError(
+                f"space {space.name!r} makes {space.kind} bodies; training-free metrics are for "
+                f"{' and '.join(KNOWN)} ones"
+            )
+        if metric not in known:
+            raise UserError(
+                f"estimator.metric {metric!r} is none of {space.kind} bodies, which space {space.name!r} makes. "
+                + nearest(metric, known)
+            )
         if metric in PREDICTED and not hasattr(space, "stack"):
             raise UserError(f"estimator.metric {metric!r} reads a graph, which space {space.name!r} has not")
         self.space = space
@@ -90,12 +100,18 @@ class Proxy:
             return value, predictor.T * predictor.B
         self.space.check(genotype)
         body = self.space.build(genotype, self.settings.width)
-        model = initialise(self.task.model(body, self.settings), seed).to(self.device)
-        tokens = self.task.stream("valid", self.batches, seed).next().inputs.to(self.device)
-        measured = measure(body, model.get_parameter("embedding"), tokens, [self.metric], seed)[self.metric]
+        tokens = self.task.stream("valid", self.batches, seed).next().inputs
+        if self.space.kind == "transformer":
+            network = transformer.untrained(body, len(self.task.vocabulary), seed)  # type: ignore[attr-defined]
+            measured, sign = transformer.measure(network, tokens.t(), [self.metric], seed)[self.metric], 1
+        else:
+            model = initialise(self.task.model(body, self.settings), seed).to(self.device)
+            embedding = model.get_parameter("embedding")
+            measured = measure(body, embedding, tokens.to(self.device), [self.metric], seed)[self.metric]
+            sign = METRICS[self.metric].sign
         if isinstance(measured, str):
             raise Undefined(measured)
-        return METRICS[self.metric].sign * measured, tokens.numel()
+        return sign * measured, tokens.numel()
 
 
 class HiddenCovariance(Proxy):

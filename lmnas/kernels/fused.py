@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lmnas.kernels.cross_entropy import chunk_rows, scaled
+from lmnas.kernels.library import keep_freed_memory
 from lmnas.kernels.reference import BatchNorm, Program
 
 SOURCES = sorted((Path(__file__).parent / "csrc").glob("*.cpp"))
@@ -122,7 +123,7 @@ def load() -> None:
         torch.ops.load_library(path)
     except OSError as error:
         raise Unavailable(f"cannot load {path} ({error})") from error
-    torch.ops.lmnas.keep_freed_memory()
+    keep_freed_memory()
 
 
 # ------------------------------------------------------------------------------------------------ running

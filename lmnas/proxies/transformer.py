@@ -62,6 +62,14 @@ class TokenNetwork(nn.Module):
         return self.body(embedded, state, {})[0].transpose(0, 1)
 
 
+def untrained(body: nn.Module, vocabulary: int, seed: int) -> TokenNetwork:
+    """A network around any Transformer body, embeddings as wide as it takes them, its weights drawn from `seed`."""
+    width, positions = int(body.width), int(body.max_length)  # type: ignore[arg-type]
+    made = TokenNetwork(TokenEmbedding(vocabulary, width, positions), body)
+    made.initialise(seed)
+    return made
+
+
 # ---------------------------------------------------------------------------------- contributions of outputs
 
 

@@ -32,6 +32,7 @@ from lmnas.errors import UserError, nearest
 from lmnas.genotype import Genotype
 from lmnas.ops.dropout import draw_mask
 from lmnas.protocols import Choice, Diagram, EdgeTable, Masks, Mixture
+from lmnas.published import nas_bench_nlp
 
 Recipe = dict[str, dict[str, Any]]
 
@@ -50,6 +51,8 @@ EXCHANGEABLE = (ACTIVATIONS, ("elementwise_sum", "elementwise_prod"))
 """Operations that a mutation may swap."""
 MAX_DRAWS = 20_000
 """Of which about 1,400 are cells with three states, at the benchmark's settings."""
+NEAREST = 10
+"""Members of a table among which a mutation is drawn."""
 INPUT, OLD, NEW = "x", "h_prev_", "h_new_"
 
 
@@ -305,6 +308,16 @@ def edit_distance(first: Mapping[str, Any], second: Mapping[str, Any], timeout: 
 # ------------------------------------------------------------------------------------------------------------- space
 
 
+def _edge_counts(recipe: Mapping[str, Any]) -> Counter[tuple[str, str]]:
+    """How often a node of one operation (or an input of the cell) is read by one of another."""
+    ops = {name: node["op"] for name, node in recipe.items()}
+    return Counter((ops.get(source, source), node["op"]) for node in recipe.values() for source in node["input"])
+
+
+def _difference(first: Counter[tuple[str, str]], second: Counter[tuple[str, str]]) -> int:
+    return (first - second).total() + (second - first).total()
+
+
 class GraphCounts(Decisions):
     """Stands where other spaces state decisions: a graph has none, and is recorded by what it holds.
 
@@ -348,6 +361,7 @@ class RecurrentGraph:
         intermediate_nodes: Annotated[int, Field(ge=1, le=100)] = 13,
         inner_layers: tuple[Annotated[int, Field(ge=1)], ...] = (),
         direct_memory: bool = False,
+        members: str | None = None,
     ):
         """
         Args:
@@ -356,16 +370,35 @@ class RecurrentGraph:
             inner_layers: widths of the layers before the last, which has the model's width (the benchmark: 600, 600
                 before 400).
             direct_memory: a new state may read an old one directly (the GRU does).
+            members: a published table (its file or folder, or `nas-bench-nlp`): only its cells are proposed, whatever
+                the settings of the generator.
         """
         self.hidden_states = tuple(hidden_states)
         self.intermediate_nodes = intermediate_nodes
         self.inner_layers = tuple(inner_layers)
         self.direct_memory = direct_memory
+        self.members = None if members is None else self._members(members)
         self.decisions = GraphCounts()
 
     @classmethod
     def covering(cls, genotype: Genotype) -> "RecurrentGraph":
         return cls(direct_memory=True)
+
+    def _members(self, data: str) -> list[Genotype]:
+        """The trained cells of a table, isomorphic ones once.
+
+        Raises:
+            UserError: no such table, or it has none.
+        """
+        trained = [cell for cell in nas_bench_nlp(data, "space.members") if cell.n_runs]
+        found = {}
+        for cell in trained:
+            if problem(cell.recipe, self.direct_memory) is None:
+                genotype = Genotype(self.name, canonical(cell.recipe))
+                found.setdefault(genotype.id, genotype)
+        if len(found) < 2:
+            raise UserError(f"space.members {data}: has {len(found)} trained cells of this space, expected at least 2")
+        return list(found.values())
 
     def genotype(self, recipe: Mapping[str, Any]) -> Genotype:
         """The genotype of a cell in whatever form; isomorphic cells give the same one.
@@ -379,9 +412,13 @@ class RecurrentGraph:
     def sample(self, rng: random.Random) -> Genotype:
         """A cell of the benchmark's generator: draws until one uses all inputs and keeps the rule on h_new.
 
+        With `members`: one of them, each as likely.
+
         Raises:
             UserError: settings that hardly ever give a cell.
         """
+        if self.members is not None:
+            return rng.choice(self.members)
         n = rng.choice(self.hidden_states)
         for _ in range(MAX_DRAWS):
             recipe = random_recipe(rng, n, self.intermediate_nodes)
@@ -393,7 +430,15 @@ class RecurrentGraph:
         )
 
     def mutate(self, genotype: Genotype, rng: random.Random) -> Genotype:
-        """A uniformly drawn neighbour; a fresh cell where there is none."""
+        """A uniformly drawn neighbour; a fresh cell where there is none.
+
+        With `members`: one of the NEAREST that differ least in how many edges lead from operation to operation.
+        """
+        if self.members is not None:
+            own = _edge_counts(genotype.choices)
+            others = [member for member in self.members if member.id != genotype.id]
+            near = sorted(others, key=lambda member: _difference(own, _edge_counts(member.choices)))
+            return rng.choice(near[:NEAREST])
         around = neighbours(genotype.choices, self.direct_memory)
         return Genotype(self.name, rng.choice(around)) if around else self.sample(rng)
 

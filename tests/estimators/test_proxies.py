@@ -11,8 +11,10 @@ from lmnas.estimators.proxies import HiddenCovariance, Proxy
 from lmnas.genotype import Genotype
 from lmnas.job import Job
 from lmnas.protocols import Objective
+from lmnas.proxies import transformer
 from lmnas.proxies.predictor import features, prior, shipped
 from lmnas.proxies.recurrent import METRICS, measure
+from lmnas.spaces.flexibert import FlexiBERT
 from lmnas.spaces.lstm import LSTM
 from lmnas.spaces.recurrent_graph import RecurrentGraph
 from lmnas.train import Training, initialise
@@ -83,3 +85,16 @@ def test_what_does_not_fit_is_refused(tiny_task):
         estimator(tiny_task, metric="hidden_covariance_7")
     with pytest.raises(UserError, match="reads a graph, which space 'lstm' has not"):
         estimator(tiny_task, space=LSTM(), metric="predictor")
+
+
+def test_transformer_bodies(tiny_task, tmp_path, monkeypatch):
+    """Their metrics by the same estimator, for a task that wraps them."""
+    space = FlexiBERT(hidden=(8,), feed_forward=(16,), layers=(2,))
+    monkeypatch.setattr(tiny_task, "kinds", frozenset({"transformer"}), raising=False)
+    genotype = space.sample(random.Random(0))
+    found = estimator(tiny_task, space=space, metric="w_pca").estimate(genotype, 2, Job(tmp_path)).value
+    network = transformer.untrained(space.build(genotype, 8), len(tiny_task.vocabulary), 2)
+    tokens = tiny_task.stream("valid", tiny_task.Batches(batch_size=4, bptt=9), 2).next().inputs
+    assert found == -transformer.measure(network, tokens.t(), ["w_pca"], 2)["w_pca"]
+    with pytest.raises(UserError, match=r"hidden_covariance_1' is none of transformer bodies"):
+        estimator(tiny_task, space=space)

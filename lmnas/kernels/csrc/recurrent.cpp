@@ -28,7 +28,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -37,9 +36,6 @@
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
-#endif
-#ifdef __GLIBC__
-#include <malloc.h>
 #endif
 
 #include "functions.h"
@@ -934,16 +930,6 @@ std::vector<Tensor> segment_backward(
   return Segment<float>(args).backward(gradient.contiguous(), hs, tape, flags);
 }
 
-// Freed memory stays with the process. A training step allocates the same blocks again and again; large ones would come
-// from the system anew each time, at a page fault per 4 kB: a sixth of a retraining step of the DARTS cell.
-void keep_freed_memory() {
-#ifdef __GLIBC__
-  mallopt(M_MMAP_MAX, 0);
-  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
-  mallopt(M_TOP_PAD, 64 << 20);
-#endif
-}
-
 }  // namespace
 
 TORCH_LIBRARY(lmnas, library) {
@@ -954,7 +940,6 @@ TORCH_LIBRARY(lmnas, library) {
   library.def((std::string("segment_backward") + cell +
                "Tensor gradient, Tensor hs, Tensor(a!) tape, int[] wants) -> Tensor[]")
                   .c_str());
-  library.def("keep_freed_memory() -> ()", &keep_freed_memory);
 }
 
 TORCH_LIBRARY_IMPL(lmnas, CPU, library) {
