@@ -240,7 +240,8 @@ def speed(genotypes: Sequence[Genotype], metrics: Sequence[str], protocol: Proto
         found["plain"] = round(pool.submit(_plain_rate, documents, list(metrics), protocol).result(), 3)
     for name, n in (("one_worker", 1), ("ours", workers)):
         # a worker's first one pays for its start
-        arrived = [time.monotonic() for _ in score_all([*genotypes[:1] * n, *genotypes], protocol, list(metrics), n)]
+        queue = [genotypes[0]] * n + list(genotypes)
+        arrived = [time.monotonic() for _ in score_all(queue, protocol, list(metrics), n)]
         found[name] = round(len(genotypes) / (arrived[-1] - arrived[n - 1]), 3)
     return found
 

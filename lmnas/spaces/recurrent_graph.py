@@ -391,7 +391,7 @@ class RecurrentGraph:
             UserError: no such table, or it has none.
         """
         trained = [cell for cell in nas_bench_nlp(data, "space.members") if cell.n_runs]
-        found = {}
+        found: dict[str, Genotype] = {}
         for cell in trained:
             if problem(cell.recipe, self.direct_memory) is None:
                 genotype = Genotype(self.name, canonical(cell.recipe))
