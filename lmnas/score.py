@@ -8,6 +8,8 @@ import csv
 import io
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -158,7 +160,16 @@ def canonical(space: Any, genotype: Genotype) -> Genotype:
 _worker: dict[str, Any] = {}
 
 
+def _leave_with_parent() -> None:
+    """A worker of a killed process waits for work for ever: its siblings keep the queue open."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _start(protocol: Protocol, metrics: list[str], needs_text: bool) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
     text = batch_of_text(protocol.data, protocol.split) if needs_text else None

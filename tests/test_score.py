@@ -4,11 +4,14 @@ import csv
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from killing import until
 from scipy import stats
 from test_cli import answer, call
 
@@ -210,3 +213,23 @@ def test_a_missing_text_is_one_line_with_workers(tmp_path):
         "score", "--sample", "2", "--space", "recurrent-graph", "--data", tmp_path / "none", "--workers", "2"
     )
     assert code == 2 and not out and "none" in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are looked up in /proc")
+def test_workers_leave_with_a_killed_parent(text):
+    command = [sys.executable, "-m", "lmnas.cli", "score", "--sample", "2000", "--space", "recurrent-graph"]
+    command += ["--data", str(text), "--width", "6", "--workers", "2"]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert parent.stderr is not None
+    assert "[1/2000]" in parent.stderr.readline()
+    workers = [pid for pid in children(parent.pid)]
+    assert len(workers) >= 2
+    parent.kill()
+    parent.wait()
+    parent.stderr.close()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def children(pid):
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in listed]
