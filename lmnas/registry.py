@@ -21,6 +21,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "lstm": "lmnas.spaces.lstm:LSTM",
         "flexibert": "lmnas.spaces.flexibert:FlexiBERT",
         "recurrent-graph": "lmnas.spaces.recurrent_graph:RecurrentGraph",
+        "enas-macro": "lmnas.spaces.conv_macro:ConvMacro",
     },
     "strategy": {
         "random": "lmnas.strategies.random_search:RandomSearch",
