@@ -86,16 +86,19 @@ class EdgeTable:
         name: key in a Mixture.
         edges: (node, predecessor) of each row.
         ops: names of the columns.
+        inputs: how many of a node's rows an architecture keeps.
     """
 
     name: str
     edges: tuple[tuple[int, int], ...]
     ops: tuple[str, ...]
+    inputs: int = 1
 
 
 @dataclass(frozen=True)
 class Diagram:
-    """A cell to be drawn: `nodes` as (key, label, kind) with kind input, op or output; `edges` as (from, to, label)."""
+    """A cell or two to be drawn: `nodes` as (key, label, kind) with kind input, op or output; `edges` as (from, to,
+    label)."""
 
     title: str
     nodes: tuple[tuple[str, str, str], ...]
@@ -104,14 +107,19 @@ class Diagram:
 
 @runtime_checkable
 class Body(Protocol):
-    """The searched part of a model (an `nn.Module`). Recurrent kind: (T, B, H) -> (T, B, H)."""
+    """The searched part of a model (an `nn.Module`). Recurrent kind: (T, B, H) -> (T, B, H).
+
+    Image kind: (B, 3, S, S) -> (B, F), F its `n_features`; the state is None. `maps(inputs, masks, choice)` gives the
+    features and what an auxiliary head reads, (B, `auxiliary_channels`, S', S'). Batch norms keep running statistics in
+    stand-alone bodies (`train()` and `eval()` are the task's to call) and take batch statistics always in supernets.
+    """
 
     width: int
 
     def initial_state(self, batch_size: int) -> State: ...
     def initialise(self, generator: torch.Generator, init_range: float) -> None: ...
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
-        """Dropout masks for one segment; `rates` are a task's, by name (`x`, `hidden`, `weight`)."""
+        """Dropout masks for one segment; `rates` are a task's, by name (`x`, `hidden`, `weight`; `path` for images)."""
         ...
 
     def __call__(self, inputs: Tensor, state: State, masks: Masks, choice: Choice = None) -> tuple[Tensor, State]: ...
@@ -121,7 +129,12 @@ class Supernet(Body, Protocol):
     """A body that holds the weights of every architecture of its space."""
 
     def inherit(self, genotype: Genotype) -> dict[str, Tensor]:
-        """The `state_dict` that `build(genotype)` takes to give this supernet's output on path `genotype`."""
+        """The `state_dict` that `build(genotype)` takes to give this supernet's output on path `genotype` (in training
+        mode, where it has batch norms).
+
+        Where architectures differ in their number of features, the supernet has zeros at those that a path lacks, and
+        `columns(genotype)` are the others.
+        """
         ...
 
 
@@ -132,7 +145,7 @@ class Space(Protocol):
     kind: str
     """Which bodies it makes: a task lists the kinds it can wrap. `recurrent`: (T, B, H) -> (T, B, H), causal.
     `transformer`: (T, B, H) -> (T, B, F), F its `n_features`; it looks both ways, carries no state, and takes the
-    `lengths` (B,) of padded sequences."""
+    `lengths` (B,) of padded sequences. `image`: (B, 3, S, S) -> (B, F)."""
     decisions: Decisions
 
     @classmethod

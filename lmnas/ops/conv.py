@@ -44,8 +44,18 @@ def convolution(
     return nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, groups=groups, bias=False)
 
 
+def _convolve(conv: nn.Conv2d, x: Tensor, columns: Tensor | None) -> Tensor:
+    if columns is None:
+        return conv(x)
+    return F.conv2d(x, conv.weight[:, columns], None, conv.stride, conv.padding)
+
+
 class ConvNorm(nn.Module):
-    """Convolution, batch norm: a stem, or with `relu` the ReLU-conv-BN that everything else is made of."""
+    """Convolution, batch norm: a stem, or with `relu` the ReLU-conv-BN that everything else is made of.
+
+    Called with `columns` ((n,) indices), the input has these of the `c_in` channels and the weight takes part with
+    theirs alone; so does `FactorizedReduction`.
+    """
 
     def __init__(self, c_in: int, c_out: int, kernel: int, norm: Norm, stride: int = 1, relu: bool = True):
         super().__init__()
@@ -53,8 +63,8 @@ class ConvNorm(nn.Module):
         self.conv = convolution(c_in, c_out, kernel, stride)
         self.norm = norm.make(c_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(F.relu(x) if self.relu else x))
+    def forward(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        return self.norm(_convolve(self.conv, F.relu(x) if self.relu else x, columns))
 
 
 class DepthwiseSeparable(nn.Module):
@@ -95,11 +105,12 @@ class FactorizedReduction(nn.Module):
         self.odd = convolution(c_in, c_out - c_out // 2, 1, stride=2)
         self.norm = norm.make(c_out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         if self.relu:
             x = F.relu(x)
         shifted = x if x.shape[-1] % 2 == 0 else F.pad(x, (0, 1, 0, 1))
-        return self.norm(torch.cat([self.even(x), self.odd(shifted[:, :, 1:, 1:])], dim=1))
+        halves = [_convolve(self.even, x, columns), _convolve(self.odd, shifted[:, :, 1:, 1:], columns)]
+        return self.norm(torch.cat(halves, dim=1))
 
 
 class AvgPool(nn.Module):

@@ -206,7 +206,8 @@ class Layer(nn.Module):
         super().__init__()
         self.step, self.channels = step, channels
         self.ops = nn.ModuleDict({name: _operation(name, channels, separable, norm) for name in step.ops})
-        self.join = ConvNorm(channels * (len(step.sources) + 1), channels, 1, norm) if join else None
+        # ReLU comes before the gates of a mixture
+        self.join = ConvNorm(channels * (len(step.sources) + 1), channels, 1, norm, relu=False) if join else None
 
     def columns(self, sources: Sequence[int]) -> Tensor:
         """The input channels of the join that belong to `sources` and to the operation."""
@@ -235,10 +236,8 @@ class Layer(nn.Module):
         read = [F.relu(skip) for skip in skips.values()]
         if gates is not None:
             read = [gate * skip for gate, skip in zip(gates, read, strict=True)]
-        weight = self.join.conv.weight
-        if len(read) < len(self.step.sources):
-            weight = weight[:, self.columns(list(skips)).to(weight.device)]
-        return self.join.norm(F.conv2d(torch.cat([*read, F.relu(y)], dim=1), weight))
+        columns = None if len(read) == len(self.step.sources) else self.columns(list(skips)).to(y.device)
+        return self.join(torch.cat([*read, F.relu(y)], dim=1), columns)
 
 
 class MacroNetwork(nn.Module):
