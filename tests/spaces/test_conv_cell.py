@@ -193,8 +193,8 @@ def everything(space):
 
 
 def test_sizes_by_formula():
-    """DARTS: C(n, 2) pairs of inputs and 7^2 operations a node, in both cells (the paper: about 10^9 a cell). ENAS: n^2 5^2
-    sequences a node."""
+    """DARTS: C(n, 2) pairs of inputs and 7^2 operations a node, in both cells (the paper: about 10^9 a cell). ENAS: n^2
+    5^2 sequences a node."""
     cell = math.prod(math.comb(n, 2) * 7**2 for n in range(2, 6))
     assert cell == 1_037_664_180 and DartsConv().decisions.size() == cell**2
     cell = math.prod(n**2 * 5**2 for n in range(2, 7))
@@ -221,7 +221,7 @@ def test_sizes_by_counting():
 
 @both
 def test_stand_alone_equals_path_of_supernet(name):
-    """The central test, in training mode (batch statistics): features, map and gradients, and no trace in the supernet."""
+    """The central test, in training mode (batch statistics): features, map, gradients, and no trace in the supernet."""
     space = SPACES[name]
     net = supernet_of(space)
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -282,8 +282,8 @@ def test_mixture_against_a_loop_over_operations():
 
 
 def test_second_order_gradient_against_finite_differences():
-    """d/d alpha of L_val(w - xi (dL_train/dw + decay w), alpha) in a tiny supernet under the mean square. Steps are short:
-    between their ends no ReLU may change sides."""
+    """d/d alpha of L_val(w - xi (dL_train/dw + decay w), alpha) in a tiny supernet under the mean square. Steps are
+    short: between their ends no ReLU may change sides."""
     space = DartsConv(cells=3, n_nodes=1, operations=("avg_pool_3x3", "skip_connect", "sep_conv_3x3"))
     net = supernet_of(space, width=2)
     data = {s: torch.randn(4, 3, S, S, generator=generator(6, s), dtype=torch.float64) for s in ("train", "valid")}
