@@ -61,6 +61,21 @@ MIXED = ToySpace(
 )
 """Conditions on conditions, both kinds of subset, a reader that is no node, nodes with and without indices."""
 
+PAIRS = ToySpace(
+    [
+        decision
+        for graph in ("normal", "reduce")
+        for decision in (
+            Subset(f"{graph}.node_2.inputs", (0, 1), node=2, reads_node=True, graph=graph, size=2),
+            OneOf(f"{graph}.node_2.op", ("a", "b"), node=2, graph=graph),
+            Subset(f"{graph}.node_3.inputs", (0, 1, 2), node=3, reads_node=True, graph=graph, size=2),
+            OneOf(f"{graph}.node_3.op", ("a", "b"), node=3, graph=graph),
+        )
+    ]
+    + [Subset("two", ("p", "q", "r", "s"), size=2, when=("reduce.node_3.op", ("b",)))]
+)
+"""Two graphs whose nodes are counted apart, subsets of a fixed size: indices, categories and one without a choice."""
+
 
 def enumerate_choices(space):
     """Every architecture, by trying all combinations of all options."""
@@ -69,6 +84,7 @@ def enumerate_choices(space):
         if isinstance(decision, OneOf):
             return list(decision.options)
         bits = itertools.product([False, True], repeat=len(decision.options))
+        bits = [row for row in bits if decision.size in (None, sum(row))]
         return [[option for option, bit in zip(decision.options, row, strict=True) if bit] for row in bits]
 
     unique = {}
@@ -200,7 +216,7 @@ def test_fresh_controller_is_nearly_uniform():
     assert with_prior.statistics()["entropy"] < 0.9 * uniform
 
 
-@pytest.mark.parametrize("space", [MIXED, enas_cell(4)], ids=["mixed", "enas"])
+@pytest.mark.parametrize("space", [MIXED, enas_cell(4), PAIRS], ids=["mixed", "enas", "pairs"])
 def test_probabilities_sum_to_one_and_the_entropy_is_exact(space):
     controller = make(space, locality=4.0).controller
     rows = enumerate_choices(space)
@@ -220,6 +236,29 @@ def test_entropy_is_that_of_the_distribution_not_of_the_sample(decision):
         log_prob, entropy = make(space).controller.evaluate(enumerate_choices(space))
     assert float(log_prob.max() - log_prob.min()) > 0.1
     torch.testing.assert_close(entropy, -(log_prob.exp() * log_prob).sum().expand(4))
+
+
+def test_a_subset_of_two_is_two_indices_in_order():
+    """P({i, j}) = p(i) p(j | i), j behind i; the second step reads the first's anchor over its distance."""
+    decisions = Decisions([Subset("node_3.inputs", (0, 1, 2), node=3, reads_node=True, size=2)])
+    controller = Controller(decisions, torch.Generator().manual_seed(5), hidden=6, init_range=1.5, locality=4.0)
+    w = dict(controller.named_parameters())
+    state = (torch.zeros(1, 6, dtype=torch.float64),) * 2
+    anchors = []
+    for _ in range(3):  # steps of their own for the nodes that are read
+        state = torch.lstm_cell(w["start"][None], state, w["W_input"], w["W_hidden"])
+        anchors.append(state[0][0])
+
+    def logits(s):
+        u = torch.stack([w["v"] @ torch.tanh(w["W1"] @ a + w["W2"] @ s[0]) for a in anchors])
+        return 2.5 * torch.tanh(u / 5.0) - torch.tensor([9.0, 4.0, 1.0]) / 4.0
+
+    state = torch.lstm_cell(w["start"][None], state, w["W_input"], w["W_hidden"])
+    first = logits(state[0])[:2].softmax(0)  # 2 as the first would leave no second
+    after_0 = torch.lstm_cell((anchors[0] / 3.1)[None], state, w["W_input"], w["W_hidden"])
+    second = logits(after_0[0])[1:].softmax(0)
+    log_prob, _ = controller.evaluate([{"node_3.inputs": pair} for pair in ([0, 1], [0, 2], [1, 2])])
+    torch.testing.assert_close(log_prob.exp(), torch.stack([first[0] * second[0], first[0] * second[1], first[1]]))
 
 
 def test_a_decision_that_is_not_active_leaves_no_trace():
@@ -243,21 +282,23 @@ def test_a_decision_that_is_not_active_leaves_no_trace():
         torch.testing.assert_close(first, second)
 
 
-def test_evaluate_repeats_the_log_prob_and_entropy_of_sampling():
-    controller = make(MIXED).controller
+@pytest.mark.parametrize("space", [MIXED, PAIRS], ids=["mixed", "pairs"])
+def test_evaluate_repeats_the_log_prob_and_entropy_of_sampling(space):
+    controller = make(space).controller
     uniforms = torch.rand(200, controller.n_uniforms, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows, log_prob, entropy = controller.draw(uniforms)
     for row in rows:
-        MIXED.decisions.check(row, "drawn")
-    assert {tuple(row) for row in rows} == {tuple(row) for row in enumerate_choices(MIXED)}  # every pattern of activity
+        space.decisions.check(row, "drawn")
+    assert {tuple(row) for row in rows} == {tuple(row) for row in enumerate_choices(space)}  # every pattern of activity
     again_log_prob, again_entropy = controller.evaluate(rows)
     torch.testing.assert_close(again_log_prob, log_prob)
     torch.testing.assert_close(again_entropy, entropy)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it():
-    controller = make(MIXED).controller
-    rows = enumerate_choices(MIXED)[::7]
+@pytest.mark.parametrize("space", [MIXED, PAIRS], ids=["mixed", "pairs"])
+def test_a_row_does_not_depend_on_the_rows_beside_it(space):
+    controller = make(space).controller
+    rows = enumerate_choices(space)[::7]
     together = controller.evaluate(rows)[0]
     alone = torch.cat([controller.evaluate([row])[0] for row in rows])
     torch.testing.assert_close(together, alone)
