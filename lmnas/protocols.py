@@ -186,7 +186,7 @@ class LearnStep:
         weights: the supernet's parameters by name (leaves; never modified by the strategy).
         learning_rate: the rate of the weights' next update, after any scaling of this step.
         velocity: momentum times the momentum buffer, which that update adds to the gradient and the decay, by weight
-            name; a weight that has no buffer yet is left out, and without momentum it is empty.
+            name; empty without momentum.
     """
 
     step: int

@@ -141,6 +141,10 @@ class WeightTraining:
             self.optimizer = torch.optim.SGD(
                 model.parameters(), rate, momentum, weight_decay=decay, nesterov=nesterov, fused=True
             )
+            if momentum:
+                # a path leaves weights without a gradient, and torch's fused step takes buffers of all or of none
+                for weight in model.parameters():
+                    self.optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         self.epoch = 0
         """That of the batch in hand; the stream's own has grown already when that batch is the last of a pass."""
         self.steps = 0
@@ -197,15 +201,12 @@ class WeightTraining:
         return value
 
     def velocity(self) -> dict[str, Tensor]:
-        """Momentum times the momentum buffer of each weight that has one, by name."""
-        if self.settings.method != "sgd" or not self.settings.momentum:
+        """Momentum times the momentum buffer of each weight, by name; empty without momentum."""
+        momentum = self.settings.momentum
+        if self.settings.method != "sgd" or not momentum:
             return {}
-        buffers = {
-            name: self.optimizer.state[weight].get("momentum_buffer")
-            for name, weight in self.model.named_parameters()
-            if weight in self.optimizer.state
-        }
-        return {name: self.settings.momentum * buffer for name, buffer in buffers.items() if buffer is not None}
+        buffers = self.optimizer.state
+        return {name: momentum * buffers[w]["momentum_buffer"] for name, w in self.model.named_parameters()}
 
     def skip(self) -> None:
         """Leave the drawn batch out; the next one starts from the initial state."""

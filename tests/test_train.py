@@ -200,7 +200,7 @@ def test_momentum_by_hand(tiny_task, nesterov):
     settings = training(learning_rate=0.5, momentum=0.9, nesterov=nesterov, clip=0.05, weight_decay=0.01)
     weights = WeightTraining(model_of(tiny_task, settings), tiny_task, settings, 0, CPU)
     twin, buffers, carry = model_of(tiny_task, settings), {}, None
-    assert weights.velocity() == {}
+    assert not any(value.any() for value in weights.velocity().values())
     for _ in range(3):
         batch = weights.draw()
         batch.lr_scale = 1.0
@@ -220,6 +220,26 @@ def test_momentum_by_hand(tiny_task, nesterov):
     assert velocity.keys() == buffers.keys()
     for name, p in weights.model.named_parameters():
         torch.testing.assert_close(p, twin.get_parameter(name), rtol=1e-4, atol=1e-6)
+
+
+def test_momentum_moves_what_has_a_gradient(tiny_task):
+    """Weights off the sampled path stay where they are; their first gradient finds a buffer of zero."""
+    settings = training(learning_rate=0.5, momentum=0.9, clip=None)
+    weights = WeightTraining(model_of(tiny_task, settings), tiny_task, settings, 0, CPU)
+    first, second = list(weights.model.parameters())[:2]
+    batch = weights.draw()
+    steps = [(first,), (first, second), (second,), (first, second)]
+    expected = {p: (p.detach().clone(), torch.zeros_like(p)) for p in (first, second)}
+    for moved in steps:
+        weights.optimizer.zero_grad(set_to_none=True)
+        for p in moved:
+            p.grad = torch.ones_like(p)
+            value, buffer = expected[p]
+            buffer = 0.9 * buffer + 1.0
+            expected[p] = value - 0.5 * batch.lr_scale * buffer, buffer
+        weights.apply(batch, torch.zeros(()), None)
+    for p, (value, _) in expected.items():
+        torch.testing.assert_close(p.detach(), value)
 
 
 def test_no_velocity_without_momentum(tiny_task):
