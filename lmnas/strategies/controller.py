@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmnas.decisions import Choices, Decision, Decisions, OneOf, Subset
+from lmnas.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Controller(nn.Module):
 
     With LSTM output s at a step, squash(x) = C tanh(x / T) and anchors a_j (LSTM output at the step of node j):
 
-        category      logits = squash(head s)                                       next input: embedding of the choice
+        category      logits = squash(head s + bias)                                next input: embedding of the choice
         index         u_j = v^T tanh(W1 a_j + W2 s)
                       logits = squash(u_j) - (l - j)^2 / locality                   next input: a_j / (0.1 + l - j)
         subset        log-odds = 2 squash(q_j), the two-class logits [-q_j, q_j];   next input: sum of the chosen
@@ -87,6 +88,8 @@ class Controller(nn.Module):
         temperature: T; None: no division.
         tanh_constant: C; None: logits as they are.
         locality: width of the fixed prior for near nodes; None: none.
+        category_constant: C of categories, where it is another (ENAS' micro cells: 0.44 beside 1.1).
+        option_bias: what a category's bias starts from, by option; others from 0. None: no biases.
 
     >>> controller = Controller(space.decisions, torch.Generator().manual_seed(0))
     >>> choices = controller.sample(10, torch.Generator().manual_seed(1))
@@ -103,9 +106,12 @@ class Controller(nn.Module):
         tanh_constant: float | None = 2.5,
         locality: float | None = 6.0,
         init_range: float = 0.1,
+        category_constant: float | None = None,
+        option_bias: Mapping[str, float] | None = None,
     ):
         super().__init__()
         self.decisions = decisions
+        self.category_constant = tanh_constant if category_constant is None else category_constant
         self.hidden, self.temperature, self.tanh_constant, self.locality = hidden, temperature, tanh_constant, locality
         self.plan, head_sizes = _plan(decisions)
         self.n_uniforms = sum(_n_uniforms(step.decision) for step in self.plan if not step.constant)
@@ -122,6 +128,7 @@ class Controller(nn.Module):
         self.v = weight(hidden)
         self.heads = nn.ParameterList([weight(size, hidden) for size in head_sizes])
         self.embeddings = nn.ParameterList([weight(size, hidden) for size in head_sizes])
+        self.biases = None if option_bias is None else nn.ParameterList(self._biases(option_bias))
 
     def sample(self, n: int, generator: torch.Generator) -> list[Choices]:
         """Draw `n` architectures in one pass."""
@@ -244,7 +251,7 @@ class Controller(nn.Module):
                     step_log_prob, step_entropy = step_log_prob + log_prob, step_entropy + entropy
                     action = action | (column == last[:, None])
             else:
-                logits = self._squash(self._scores(step, s, memory))  # (n, K)
+                logits = self._logits(step, s, memory)
                 log_yes, log_no = F.logsigmoid(2 * logits), F.logsigmoid(-2 * logits)
                 rollout.subsets.append((log_yes, log_no, on))
                 if given is not None:
@@ -266,10 +273,29 @@ class Controller(nn.Module):
             inputs = _where(on, following, inputs)
         return rollout
 
+    def _biases(self, start: Mapping[str, float]) -> list[nn.Parameter]:
+        options = {step.head: step.decision.options for step in self.plan if step.head is not None}
+        known = {str(option) for heads in options.values() for option in heads}
+        for name in start:
+            if name not in known:
+                raise UserError(f"strategy.option_bias: {name!r} is no option of a category. " + nearest(name, known))
+        return [
+            nn.Parameter(torch.tensor([start.get(str(option), 0.0) for option in options[head]], dtype=torch.float64))
+            for head in range(len(self.heads))
+        ]
+
+    def _logits(self, step: _Step, s: Tensor, memory: Tensor) -> Tensor:
+        """(n, K), before any prior."""
+        scores = self._scores(step, s, memory)
+        constant = self.tanh_constant if step.head is None else self.category_constant
+        if self.temperature is not None:
+            scores = scores / self.temperature
+        return scores if constant is None else constant * torch.tanh(scores)
+
     def _scores(self, step: _Step, s: Tensor, memory: Tensor) -> Tensor:
         """(n, K): attention over `memory` (n, K, H), or the outputs of the step's head."""
         if step.head is not None:
-            return F.linear(s, self.heads[step.head])
+            return F.linear(s, self.heads[step.head], None if self.biases is None else self.biases[step.head])
         return torch.tanh(memory @ self.W1.T + (s @ self.W2.T)[:, None]) @ self.v
 
     def _index(
@@ -290,7 +316,7 @@ class Controller(nn.Module):
             Position (n,), its log-probability (n,), the entropy (n,) in nats, the next input (n, H).
         """
         size = memory.shape[1]
-        logits = self._squash(self._scores(step, s, memory))
+        logits = self._logits(step, s, memory)
         distance = None
         if step.head is None:
             distance = step.position - torch.tensor(step.decision.options, dtype=torch.float64)  # l - j
@@ -311,11 +337,6 @@ class Controller(nn.Module):
         if distance is not None:
             following = following / (0.1 + distance[action])[:, None]
         return action, log_p.gather(-1, action[:, None])[:, 0], -(p * log_p).sum(-1), following
-
-    def _squash(self, logits: Tensor) -> Tensor:
-        if self.temperature is not None:
-            logits = logits / self.temperature
-        return logits if self.tanh_constant is None else self.tanh_constant * torch.tanh(logits)
 
     def _active(self, decision: Decision, rollout: _Rollout) -> Tensor | None:
         """(n,) whether `decision` is asked in each row; None: in all. As `Decisions.is_active`, for a batch."""

@@ -60,6 +60,9 @@ class Reinforce:
             failed trial has R = 0.
         locality: index logits lose (l - j)^2 / locality; null: no prior.
         init_range: weights start uniform within ± this.
+        category_constant: C of categories, the choices that are no index; null: `tanh_constant`.
+        option_bias: what the learned bias of a category's options starts from, `{sep_conv_3x3: 10}` (ENAS' micro
+            search); null: no biases.
         subset_penalty: weight of D.
         subset_rate: share of a subset's options that is meant to be taken.
         rewards_per_round: proposals scored after each pass over the training data.
@@ -90,6 +93,8 @@ class Reinforce:
         reward_scale: Positive = 80.0,
         locality: Positive | None = 6.0,
         init_range: Positive = 0.1,
+        category_constant: Positive | None = None,
+        option_bias: dict[str, float] | None = None,
         subset_penalty: Annotated[float, Field(ge=0)] = 0.0,
         subset_rate: Annotated[float, Field(gt=0, lt=1)] = 0.4,
         rewards_per_round: Annotated[int, Field(ge=0)] = 2000,
@@ -112,6 +117,8 @@ class Reinforce:
             tanh_constant=tanh_constant,
             locality=locality,
             init_range=init_range,
+            category_constant=category_constant,
+            option_bias=option_bias,
         )
         self.optimizer = torch.optim.Adam(
             self.controller.parameters(), lr=learning_rate, betas=(adam_beta1, 0.999), eps=adam_epsilon

@@ -517,3 +517,40 @@ def test_settings_are_checked_and_the_contract_is_met():
     assert strategy.statistics() == {"entropy": None, "baseline": None, "reward": None}
     with pytest.raises(ValueError, match="baseline_decay"):
         settings_model(Reinforce)(baseline_decay=1.0)
+
+
+def test_bias_and_constant_of_categories_by_hand():
+    """ENAS' micro search: with next to no other weights, an operation's probability is softmax(C tanh(bias)), C = 0.44
+    and a bias of 10 for two of five; indices have their own C, and the bias learns."""
+    ops = ("sep_conv_3x3", "sep_conv_5x5", "avg_pool_3x3", "max_pool_3x3", "identity")
+    space = ToySpace([OneOf("node_2.input", (0, 1), node=2, reads_node=True), OneOf("node_2.op", ops, node=2)])
+    settings = {"temperature": None, "tanh_constant": 1.1, "category_constant": 0.44, "init_range": 1e-9}
+    settings |= {"option_bias": {"sep_conv_3x3": 10.0, "sep_conv_5x5": 10.0}, "locality": None}
+    strategy = make(space, **settings)
+    rows = [{"node_2.input": 0, "node_2.op": op} for op in ops]
+    high, low = math.exp(0.44 * math.tanh(10)), 1.0
+    expected = [value / (2 * high + 3 * low) / 2 for value in (high, high, low, low, low)]
+    assert strategy.controller.evaluate(rows)[0].exp().tolist() == pytest.approx(expected, rel=1e-6)
+    before = strategy.controller.biases[0].detach().clone()
+    strategy.tell([Trial(Genotype("toy", row), value) for row, value in zip(rows, (0, 0, 1, 0, 0), strict=True)])
+    assert strategy.controller.biases[0][2] > before[2]
+    assert make(space).controller.biases is None
+    with pytest.raises(
+        UserError, match=r"strategy.option_bias: 'sep_conv_3x4' is no option .* Did you mean 'sep_conv_3x3'"
+    ):
+        make(space, option_bias={"sep_conv_3x4": 1.0})
+
+
+def test_a_large_constant_of_categories_leaves_indices_alone():
+    space = ToySpace([OneOf("node_2.input", (0, 1), node=2, reads_node=True), OneOf("node_2.op", ("a", "b"), node=2)])
+
+    def spread(key, **settings):
+        strategy = make(space, init_range=2.0, locality=None, temperature=None, **settings)
+        rows = [{"node_2.input": i, "node_2.op": op} for i in (0, 1) for op in ("a", "b")]
+        p = strategy.controller.evaluate(rows)[0].exp().tolist()
+        return p[0] + p[1] if key == "input" else p[0] / (p[0] + p[1])
+
+    assert spread("input", tanh_constant=1.0, category_constant=9.0) == pytest.approx(
+        spread("input", tanh_constant=1.0)
+    )
+    assert spread("op", tanh_constant=1.0, category_constant=9.0) != pytest.approx(spread("op", tanh_constant=1.0))

@@ -233,3 +233,20 @@ def test_the_authors_settings_are_settings():
     strategy.tell([Trial(g, 0.5) for g in strategy.ask(20)])
     assert strategy.statistics()["entropy"] == pytest.approx(12 * math.log(6) + 66 * math.log(2), abs=0.1)
     assert isinstance(strategy.choice(3), Genotype)
+
+
+def test_the_authors_settings_of_micro_cells_are_settings():
+    """Both cells' operations share one head, whose bias prefers separable convolutions from the start."""
+    bias = {"sep_conv_3x3": 10.0, "sep_conv_5x5": 10.0}
+    micro = {"tanh_constant": 1.1, "category_constant": 0.44, "option_bias": bias, "learning_rate": 3.5e-3}
+    space = create("space", {"name": "enas-micro"})
+    strategy = create("strategy", {"name": "reinforce", **AUTHORS, **micro, "locality": None}, space, ACCURACY, 0)
+    ops = [
+        value
+        for genotype in strategy.ask(100)
+        for name, value in genotype.choices.items()
+        if isinstance(space.decisions[name].options[0], str)
+    ]
+    # e^0.44 against 1 for each of the three others
+    expected = 2 * math.exp(0.44) / (2 * math.exp(0.44) + 3)
+    assert sum(op in bias for op in ops) / len(ops) == pytest.approx(expected, abs=0.05)
