@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmnas.kernels.depthwise import depthwise
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -77,7 +79,8 @@ class DepthwiseSeparable(nn.Module):
         self.norm = norm.make(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.pointwise(self.depthwise(F.relu(x))))
+        conv = self.depthwise
+        return self.norm(self.pointwise(depthwise(F.relu(x), conv.weight, conv.stride[0], conv.dilation[0])))
 
 
 class SeparableConv(nn.Module):

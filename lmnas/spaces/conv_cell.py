@@ -171,7 +171,7 @@ class _ConvCells:
 
 
 class DartsConv(_ConvCells):
-    """DARTS' cells: per node two different earlier nodes, an operation on each; all nodes are concatenated."""
+    """DARTS' convolutional cells: per node two earlier nodes, an operation on each; all nodes are concatenated."""
 
     name = "darts-conv"
     loose_ends = False
@@ -233,8 +233,7 @@ class DartsConv(_ConvCells):
 
 
 class EnasMicro(_ConvCells):
-    """ENAS' micro cells: per node two earlier nodes, the same one or not, an operation on each; loose ends are
-    concatenated.
+    """ENAS' micro cells: per node two earlier nodes (or twice one), an operation on each; loose ends are concatenated.
 
     A node's two halves in either order are two genotypes and two of the sequences that the paper counts.
     """

@@ -259,7 +259,8 @@ class Network(nn.Module):
 
     def maps(self, inputs: Tensor, masks: Masks, choice: Choice = None) -> tuple[Tensor, Tensor]:
         """The features (B, F), and what an auxiliary head reads: (B, `auxiliary_channels`, S', S')."""
-        stem: State = (self.stem(inputs), None)
+        # the layout that convolutions, pools and norms are fastest in; what follows keeps it
+        stem: State = (self.stem(inputs.contiguous(memory_format=torch.channels_last)), None)
         states, auxiliary = (stem, stem), stem
         choices = self._by_kind(choice)
         for i, cell in enumerate(self.cells):
@@ -322,12 +323,18 @@ class SupernetCell(nn.Module):
         """Run everything, weighted by (E, K); a leading column for `none`, which adds nothing, may be there."""
         weights = weights[:, weights.shape[1] - len(self.space.operations) :]
         states = self.inputs(first, second, {0, 1})
+        weightless: dict[tuple[int, str], Tensor] = {}  # pools and identities: the same for every node that reads one
         for i in range(self.space.n_nodes):
             total: Tensor | None = None
             for source in range(i + 2):
                 for k, name in enumerate(self.space.operations):
                     operation = self.ops[self.index(i, source, name)]
-                    term = weights[first_edge(i) + source, k] * operation(states[source])
+                    value = weightless.get((source, name))
+                    if value is None:
+                        value = operation(states[source])
+                        if next(operation.parameters(), None) is None:
+                            weightless[source, name] = value
+                    term = weights[first_edge(i) + source, k] * value
                     total = term if total is None else total + term
             assert total is not None
             states.append(total)
