@@ -5,6 +5,8 @@ distributions and the action sequence of a reinforcement-learning controller: so
 that states its decisions.
 """
 
+import itertools
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ class OneOf:
         options: at least one; a decision with a single option is a constant that the genotype records.
         node: index of the graph node that the decision shapes; decisions of one node stand together, in node order.
         reads_node: the options are indices of earlier nodes (a controller may attend to them).
+        graph: which graph the nodes belong to, where a space has several (a normal and a reduction cell).
         when: (name of an earlier decision, its values) for which this one is active; None: always.
     """
 
@@ -37,6 +40,7 @@ class OneOf:
     node: int | None = None
     reads_node: bool = False
     when: tuple[str, tuple[Option, ...]] | None = None
+    graph: str = ""
 
     def count(self) -> int:
         return len(self.options)
@@ -71,39 +75,56 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Subset:
-    """Choose any subset of `options` (each bit on its own: skip connections). Values are lists in option order."""
+    """Choose any subset of `options` (each bit on its own: skip connections), or exactly `size` of them (a node's two
+    inputs). Values are lists in option order."""
 
     name: str
     options: tuple[Option, ...]
     node: int | None = None
     reads_node: bool = False
     when: tuple[str, tuple[Option, ...]] | None = None
+    graph: str = ""
+    size: int | None = None
 
     def count(self) -> int:
-        return 2 ** len(self.options)
+        return 2 ** len(self.options) if self.size is None else math.comb(len(self.options), self.size)
 
     def sample(self, rng: random.Random) -> list[Option]:
-        return [option for option in self.options if rng.random() < 0.5]
+        if self.size is None:
+            return [option for option in self.options if rng.random() < 0.5]
+        return self._in_order(rng.sample(self.options, self.size))
 
     def others(self, value: list[Option], rng: random.Random) -> list[Option]:
-        """`value` with one bit flipped."""
-        if not self.options:
+        """`value` with one bit flipped; of a fixed size, one option exchanged."""
+        if self.count() == 1:
             return value
-        flipped = rng.choice(self.options)
-        return [option for option in self.options if (option in value) != (option == flipped)]
+        if self.size is None:
+            flipped = rng.choice(self.options)
+            return [option for option in self.options if (option in value) != (option == flipped)]
+        out = rng.choice(value)
+        new = rng.choice([option for option in self.options if option not in value])
+        return self._in_order([*(option for option in value if option != out), new])
 
     def encode(self, value: list[Option]) -> list[float]:
         return [float(option in value) for option in self.options]
 
     def parameters(self, value: list[Option]) -> dict[str, Any]:
-        """One parameter a bit: Optuna has no subset type."""
-        return {f"{self.name}.{option}": option in value for option in self.options}
+        """One parameter a bit: Optuna has no subset type. Of a fixed size, one for all: bits would allow any size."""
+        if self.size is None:
+            return {f"{self.name}.{option}": option in value for option in self.options}
+        return {self.name: ",".join(map(str, value))}
 
     def distributions(self) -> dict[str, Categorical]:
-        return {f"{self.name}.{option}": Categorical([False, True]) for option in self.options}
+        if self.size is None:
+            return {f"{self.name}.{option}": Categorical([False, True]) for option in self.options}
+        subsets = itertools.combinations(self.options, self.size)
+        return {self.name: Categorical([",".join(map(str, subset)) for subset in subsets])}
 
     def from_parameters(self, parameters: Mapping[str, Any]) -> list[Option]:
-        return [option for option in self.options if parameters[f"{self.name}.{option}"]]
+        if self.size is None:
+            return [option for option in self.options if parameters[f"{self.name}.{option}"]]
+        chosen = parameters[self.name].split(",")
+        return [option for option in self.options if str(option) in chosen]
 
     def check(self, value: Any) -> str | None:
         if not isinstance(value, list):
@@ -111,9 +132,14 @@ class Subset:
         wrong = [item for item in value if not any(item == o and type(item) is type(o) for o in self.options)]
         if wrong:
             return f"{wrong[0]!r} is not one of {', '.join(map(str, self.options))}"
-        if value != [option for option in self.options if option in value]:
+        if value != self._in_order(value):
             return f"{value!r} must name each option once, in the order {', '.join(map(str, self.options))}"
+        if self.size is not None and len(value) != self.size:
+            return f"{value!r} must name {self.size} of {', '.join(map(str, self.options))}"
         return None
+
+    def _in_order(self, value: list[Option]) -> list[Option]:
+        return [option for option in self.options if option in value]
 
 
 Decision = OneOf | Subset
@@ -130,6 +156,9 @@ class Decisions:
         for position, decision in enumerate(self._decisions):
             if isinstance(decision, OneOf) and not decision.options:
                 raise ValueError(f"{decision.name} has no options")
+            size, n = getattr(decision, "size", None), len(decision.options)
+            if size is not None and not 0 < size <= n:
+                raise ValueError(f"{decision.name} cannot have {size} of {n} options")
             if decision.when and decision.when[0] not in names[:position]:
                 raise ValueError(f"{decision.name} depends on {decision.when[0]}, which is not decided before it")
 

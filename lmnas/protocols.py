@@ -8,7 +8,7 @@ Shapes: T time, B batch, H hidden width, V vocabulary, E edges of a table, K ope
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -86,16 +86,19 @@ class EdgeTable:
         name: key in a Mixture.
         edges: (node, predecessor) of each row.
         ops: names of the columns.
+        inputs: how many of a node's rows an architecture keeps.
     """
 
     name: str
     edges: tuple[tuple[int, int], ...]
     ops: tuple[str, ...]
+    inputs: int = 1
 
 
 @dataclass(frozen=True)
 class Diagram:
-    """A cell to be drawn: `nodes` as (key, label, kind) with kind input, op or output; `edges` as (from, to, label)."""
+    """A cell or two to be drawn: `nodes` as (key, label, kind) with kind input, op or output; `edges` as (from, to,
+    label)."""
 
     title: str
     nodes: tuple[tuple[str, str, str], ...]
@@ -104,14 +107,19 @@ class Diagram:
 
 @runtime_checkable
 class Body(Protocol):
-    """The searched part of a model (an `nn.Module`). Recurrent kind: (T, B, H) -> (T, B, H)."""
+    """The searched part of a model (an `nn.Module`). Recurrent kind: (T, B, H) -> (T, B, H).
+
+    Image kind: (B, 3, S, S) -> (B, F), F its `n_features`; the state is None. `maps(inputs, masks, choice)` gives the
+    features and what an auxiliary head reads, (B, `auxiliary_channels`, S', S'). Batch norms keep running statistics in
+    stand-alone bodies (`train()` and `eval()` are the task's to call) and take batch statistics always in supernets.
+    """
 
     width: int
 
     def initial_state(self, batch_size: int) -> State: ...
     def initialise(self, generator: torch.Generator, init_range: float) -> None: ...
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
-        """Dropout masks for one segment; `rates` are a task's, by name (`x`, `hidden`, `weight`)."""
+        """Dropout masks for one segment; `rates` are a task's, by name (`x`, `hidden`, `weight`; `path` for images)."""
         ...
 
     def __call__(self, inputs: Tensor, state: State, masks: Masks, choice: Choice = None) -> tuple[Tensor, State]: ...
@@ -121,7 +129,12 @@ class Supernet(Body, Protocol):
     """A body that holds the weights of every architecture of its space."""
 
     def inherit(self, genotype: Genotype) -> dict[str, Tensor]:
-        """The `state_dict` that `build(genotype)` takes to give this supernet's output on path `genotype`."""
+        """The `state_dict` that `build(genotype)` takes to give this supernet's output on path `genotype` (in training
+        mode, where it has batch norms).
+
+        Where architectures differ in their number of features, the supernet has zeros at those that a path lacks, and
+        `columns(genotype)` are the others.
+        """
         ...
 
 
@@ -132,7 +145,7 @@ class Space(Protocol):
     kind: str
     """Which bodies it makes: a task lists the kinds it can wrap. `recurrent`: (T, B, H) -> (T, B, H), causal.
     `transformer`: (T, B, H) -> (T, B, F), F its `n_features`; it looks both ways, carries no state, and takes the
-    `lengths` (B,) of padded sequences."""
+    `lengths` (B,) of padded sequences. `image`: (B, 3, S, S) -> (B, F)."""
     decisions: Decisions
 
     @classmethod
@@ -172,6 +185,8 @@ class LearnStep:
     Attributes:
         weights: the supernet's parameters by name (leaves; never modified by the strategy).
         learning_rate: the rate of the weights' next update, after any scaling of this step.
+        velocity: momentum times the momentum buffer, which that update adds to the gradient and the decay, by weight
+            name; empty without momentum.
     """
 
     step: int
@@ -181,6 +196,7 @@ class LearnStep:
     learning_rate: float
     weight_decay: float
     clip: float | None
+    velocity: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Strategy(Protocol):
@@ -256,11 +272,21 @@ class Estimator(Protocol):
 
 @dataclass
 class Batch:
-    """One step's data. `lr_scale` multiplies the learning rate for this step (segment length over its base)."""
+    """One step's data.
+
+    Attributes:
+        lr_scale: multiplies the learning rate for this step (segment length over its base).
+        progress: share of the training's epochs that are over, 0 in the first; the training sets it. A rate that grows
+            with time (drop-path) is a function of it.
+    """
 
     inputs: Tensor
     targets: Tensor
     lr_scale: float = 1.0
+    progress: float = 0.0
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
 
 
 class Stream(Protocol):

@@ -21,6 +21,9 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "lstm": "lmnas.spaces.lstm:LSTM",
         "flexibert": "lmnas.spaces.flexibert:FlexiBERT",
         "recurrent-graph": "lmnas.spaces.recurrent_graph:RecurrentGraph",
+        "enas-macro": "lmnas.spaces.conv_macro:ConvMacro",
+        "darts-conv": "lmnas.spaces.conv_cell:DartsConv",
+        "enas-micro": "lmnas.spaces.conv_cell:EnasMicro",
     },
     "strategy": {
         "random": "lmnas.strategies.random_search:RandomSearch",

@@ -30,7 +30,7 @@ def everything(decisions):
     values = []
     for decision in decisions:
         if isinstance(decision, Subset):
-            subsets = itertools.product((False, True), repeat=len(decision.options))
+            subsets = itertools.product((False, True), repeat=len(decision.options))  # of any size: `check` refuses
             options = [[o for o, bit in zip(decision.options, bits, strict=True) if bit] for bits in subsets]
         else:
             options = list(decision.options)
@@ -58,7 +58,9 @@ def decision_lists(draw):
         if draw(st.booleans()):
             made.append(OneOf(f"d{number}", tuple("abc"[: draw(st.integers(1, 3))]), when=when))
         else:
-            made.append(Subset(f"d{number}", tuple(range(draw(st.integers(0, 2)))), when=when))
+            options = tuple(range(draw(st.integers(0, 3))))
+            size = draw(st.sampled_from([None, *range(1, len(options) + 1)]))
+            made.append(Subset(f"d{number}", options, when=when, size=size))
     return Decisions(made)
 
 
@@ -126,6 +128,24 @@ def test_a_subset_mutates_by_one_bit():
         after = decisions.mutate(before, rng)
         assert len(set(before["bits"]) ^ set(after["bits"])) == 1
         before = after
+
+
+def test_a_subset_of_fixed_size_keeps_it():
+    """Sampled uniformly over all six pairs, mutated by exchanging one option, one parameter of Optuna's."""
+    decision = Subset("pair", (0, 1, 2, 3), size=2)
+    decisions, rng = Decisions([decision]), random.Random(0)
+    pairs = [list(pair) for pair in itertools.combinations(range(4), 2)]
+    assert decisions.size() == 6
+    drawn = [decisions.sample(rng)["pair"] for _ in range(3000)]
+    assert all(400 < drawn.count(pair) < 600 for pair in pairs)  # 500 expected, standard deviation 20
+    before = drawn[0]
+    for _ in range(50):
+        after = decisions.mutate({"pair": before}, rng)["pair"]
+        assert after in pairs and len(set(before) & set(after)) == 1
+        before = after
+    assert decision.distributions()["pair"].choices == ("0,1", "0,2", "0,3", "1,2", "1,3", "2,3")
+    assert all(decision.from_parameters(decision.parameters(pair)) == pair for pair in pairs)
+    assert decision.check([0, 1, 2]) == "[0, 1, 2] must name 2 of 0, 1, 2, 3"
 
 
 @settings(deadline=None, max_examples=60)
@@ -214,6 +234,7 @@ def test_what_is_wrong_is_named(changed, message):
     [
         ([OneOf("a", (1, 2)), OneOf("a", (1, 2))], "share a name"),
         ([OneOf("a", ())], "no options"),
+        ([Subset("a", (0, 1), size=3)], "a cannot have 3 of 2 options"),
         ([OneOf("a", (1,), when=("b", (1,))), OneOf("b", (1,))], "not decided before"),
     ],
 )

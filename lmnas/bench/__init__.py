@@ -11,6 +11,7 @@ from lmnas.errors import UserError, nearest
 
 BENCHES: dict[str, str] = {
     "cell": "lmnas.bench.cell",
+    "conv": "lmnas.bench.conv",
     "memory": "lmnas.bench.memory",
     "overhead": "lmnas.bench.overhead",
     "nas-bench-nlp": "lmnas.bench.nas_bench_nlp",

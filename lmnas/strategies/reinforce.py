@@ -37,11 +37,15 @@ class Reinforce:
     acts on it):
 
         b <- b - (1 - baseline_decay) (b - mean R')
-        loss = -mean((R' - b) log π)
+        loss = -mean((R' - b) log π) + subset_penalty mean(D)
 
     The baseline moves first, as in the authors' code. It then holds a part of the batch's own rewards, which shrinks
     the expected gradient of n trials by the factor 1 - (1 - baseline_decay) / n (1 - 1 / n for the batch that
     `first-reward` starts from) and leaves its direction alone.
+
+    D is how far the probabilities of the options of subsets (skip connections, each on its own) are from `subset_rate`:
+    their Kullback-Leibler divergence from it, summed over the options, averaged over the subsets. The paper speaks of
+    the reward, its code adds it to the loss, as here. Off by default; ENAS' macro search has it (0.8, rate 0.4).
 
     Trials are taken to come from the present policy: what was proposed before the last update is not reweighted.
 
@@ -56,6 +60,11 @@ class Reinforce:
             failed trial has R = 0.
         locality: index logits lose (l - j)^2 / locality; null: no prior.
         init_range: weights start uniform within ± this.
+        category_constant: C of categories, the choices that are no index; null: `tanh_constant`.
+        option_bias: what the learned bias of a category's options starts from, `{sep_conv_3x3: 10}` (ENAS' micro
+            search); null: no biases.
+        subset_penalty: weight of D.
+        subset_rate: share of a subset's options that is meant to be taken.
         rewards_per_round: proposals scored after each pass over the training data.
         rewards_per_update: of these, how many one Adam step takes.
 
@@ -84,6 +93,10 @@ class Reinforce:
         reward_scale: Positive = 80.0,
         locality: Positive | None = 6.0,
         init_range: Positive = 0.1,
+        category_constant: Positive | None = None,
+        option_bias: dict[str, float] | None = None,
+        subset_penalty: Annotated[float, Field(ge=0)] = 0.0,
+        subset_rate: Annotated[float, Field(gt=0, lt=1)] = 0.4,
         rewards_per_round: Annotated[int, Field(ge=0)] = 2000,
         rewards_per_update: Annotated[int, Field(ge=1)] = 10,
     ):
@@ -94,6 +107,7 @@ class Reinforce:
             )
         self.space, self.objective, self.seed = space, objective, seed
         self.entropy_weight, self.baseline_decay, self.reward_scale = entropy_weight, baseline_decay, reward_scale
+        self.subset_penalty, self.subset_rate = subset_penalty, subset_rate
         self.rewards_per_round, self.rewards_per_update = rewards_per_round, rewards_per_update
         self.controller = Controller(
             space.decisions,
@@ -103,6 +117,8 @@ class Reinforce:
             tanh_constant=tanh_constant,
             locality=locality,
             init_range=init_range,
+            category_constant=category_constant,
+            option_bias=option_bias,
         )
         self.optimizer = torch.optim.Adam(
             self.controller.parameters(), lr=learning_rate, betas=(adam_beta1, 0.999), eps=adam_epsilon
@@ -141,12 +157,15 @@ class Reinforce:
         if not trials:
             return
         rewards = torch.tensor([self.reward(trial.value) for trial in trials], dtype=torch.float64)
-        log_prob, entropy = self.controller.evaluate([trial.genotype.choices for trial in trials])
+        choices = [trial.genotype.choices for trial in trials]
+        log_prob, entropy, divergence = self.controller.evaluate_against(choices, self.subset_rate)
         R = rewards + self.entropy_weight * entropy.detach()
         mean = float(R.mean())
         b = mean if self.baseline is None else self.baseline
         self.baseline = b - (1 - self.baseline_decay) * (b - mean)
         loss = -((R - self.baseline) * log_prob).mean()
+        if self.subset_penalty:
+            loss = loss + self.subset_penalty * divergence.mean()
         self.mean_reward = float(rewards.mean())
         if not loss.requires_grad:  # a space of constants: nothing to learn
             return

@@ -61,6 +61,21 @@ MIXED = ToySpace(
 )
 """Conditions on conditions, both kinds of subset, a reader that is no node, nodes with and without indices."""
 
+PAIRS = ToySpace(
+    [
+        decision
+        for graph in ("normal", "reduce")
+        for decision in (
+            Subset(f"{graph}.node_2.inputs", (0, 1), node=2, reads_node=True, graph=graph, size=2),
+            OneOf(f"{graph}.node_2.op", ("a", "b"), node=2, graph=graph),
+            Subset(f"{graph}.node_3.inputs", (0, 1, 2), node=3, reads_node=True, graph=graph, size=2),
+            OneOf(f"{graph}.node_3.op", ("a", "b"), node=3, graph=graph),
+        )
+    ]
+    + [Subset("two", ("p", "q", "r", "s"), size=2, when=("reduce.node_3.op", ("b",)))]
+)
+"""Two graphs whose nodes are counted apart, subsets of a fixed size: indices, categories and one without a choice."""
+
 
 def enumerate_choices(space):
     """Every architecture, by trying all combinations of all options."""
@@ -69,6 +84,7 @@ def enumerate_choices(space):
         if isinstance(decision, OneOf):
             return list(decision.options)
         bits = itertools.product([False, True], repeat=len(decision.options))
+        bits = [row for row in bits if decision.size in (None, sum(row))]
         return [[option for option, bit in zip(decision.options, row, strict=True) if bit] for row in bits]
 
     unique = {}
@@ -200,7 +216,7 @@ def test_fresh_controller_is_nearly_uniform():
     assert with_prior.statistics()["entropy"] < 0.9 * uniform
 
 
-@pytest.mark.parametrize("space", [MIXED, enas_cell(4)], ids=["mixed", "enas"])
+@pytest.mark.parametrize("space", [MIXED, enas_cell(4), PAIRS], ids=["mixed", "enas", "pairs"])
 def test_probabilities_sum_to_one_and_the_entropy_is_exact(space):
     controller = make(space, locality=4.0).controller
     rows = enumerate_choices(space)
@@ -220,6 +236,29 @@ def test_entropy_is_that_of_the_distribution_not_of_the_sample(decision):
         log_prob, entropy = make(space).controller.evaluate(enumerate_choices(space))
     assert float(log_prob.max() - log_prob.min()) > 0.1
     torch.testing.assert_close(entropy, -(log_prob.exp() * log_prob).sum().expand(4))
+
+
+def test_a_subset_of_two_is_two_indices_in_order():
+    """P({i, j}) = p(i) p(j | i), j behind i; the second step reads the first's anchor over its distance."""
+    decisions = Decisions([Subset("node_3.inputs", (0, 1, 2), node=3, reads_node=True, size=2)])
+    controller = Controller(decisions, torch.Generator().manual_seed(5), hidden=6, init_range=1.5, locality=4.0)
+    w = dict(controller.named_parameters())
+    state = (torch.zeros(1, 6, dtype=torch.float64),) * 2
+    anchors = []
+    for _ in range(3):  # steps of their own for the nodes that are read
+        state = torch.lstm_cell(w["start"][None], state, w["W_input"], w["W_hidden"])
+        anchors.append(state[0][0])
+
+    def logits(s):
+        u = torch.stack([w["v"] @ torch.tanh(w["W1"] @ a + w["W2"] @ s[0]) for a in anchors])
+        return 2.5 * torch.tanh(u / 5.0) - torch.tensor([9.0, 4.0, 1.0]) / 4.0
+
+    state = torch.lstm_cell(w["start"][None], state, w["W_input"], w["W_hidden"])
+    first = logits(state[0])[:2].softmax(0)  # 2 as the first would leave no second
+    after_0 = torch.lstm_cell((anchors[0] / 3.1)[None], state, w["W_input"], w["W_hidden"])
+    second = logits(after_0[0])[1:].softmax(0)
+    log_prob, _ = controller.evaluate([{"node_3.inputs": pair} for pair in ([0, 1], [0, 2], [1, 2])])
+    torch.testing.assert_close(log_prob.exp(), torch.stack([first[0] * second[0], first[0] * second[1], first[1]]))
 
 
 def test_a_decision_that_is_not_active_leaves_no_trace():
@@ -243,21 +282,23 @@ def test_a_decision_that_is_not_active_leaves_no_trace():
         torch.testing.assert_close(first, second)
 
 
-def test_evaluate_repeats_the_log_prob_and_entropy_of_sampling():
-    controller = make(MIXED).controller
+@pytest.mark.parametrize("space", [MIXED, PAIRS], ids=["mixed", "pairs"])
+def test_evaluate_repeats_the_log_prob_and_entropy_of_sampling(space):
+    controller = make(space).controller
     uniforms = torch.rand(200, controller.n_uniforms, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows, log_prob, entropy = controller.draw(uniforms)
     for row in rows:
-        MIXED.decisions.check(row, "drawn")
-    assert {tuple(row) for row in rows} == {tuple(row) for row in enumerate_choices(MIXED)}  # every pattern of activity
+        space.decisions.check(row, "drawn")
+    assert {tuple(row) for row in rows} == {tuple(row) for row in enumerate_choices(space)}  # every pattern of activity
     again_log_prob, again_entropy = controller.evaluate(rows)
     torch.testing.assert_close(again_log_prob, log_prob)
     torch.testing.assert_close(again_entropy, entropy)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it():
-    controller = make(MIXED).controller
-    rows = enumerate_choices(MIXED)[::7]
+@pytest.mark.parametrize("space", [MIXED, PAIRS], ids=["mixed", "pairs"])
+def test_a_row_does_not_depend_on_the_rows_beside_it(space):
+    controller = make(space).controller
+    rows = enumerate_choices(space)[::7]
     together = controller.evaluate(rows)[0]
     alone = torch.cat([controller.evaluate([row])[0] for row in rows])
     torch.testing.assert_close(together, alone)
@@ -476,3 +517,40 @@ def test_settings_are_checked_and_the_contract_is_met():
     assert strategy.statistics() == {"entropy": None, "baseline": None, "reward": None}
     with pytest.raises(ValueError, match="baseline_decay"):
         settings_model(Reinforce)(baseline_decay=1.0)
+
+
+def test_bias_and_constant_of_categories_by_hand():
+    """ENAS' micro search: with next to no other weights, an operation's probability is softmax(C tanh(bias)), C = 0.44
+    and a bias of 10 for two of five; indices have their own C, and the bias learns."""
+    ops = ("sep_conv_3x3", "sep_conv_5x5", "avg_pool_3x3", "max_pool_3x3", "identity")
+    space = ToySpace([OneOf("node_2.input", (0, 1), node=2, reads_node=True), OneOf("node_2.op", ops, node=2)])
+    settings = {"temperature": None, "tanh_constant": 1.1, "category_constant": 0.44, "init_range": 1e-9}
+    settings |= {"option_bias": {"sep_conv_3x3": 10.0, "sep_conv_5x5": 10.0}, "locality": None}
+    strategy = make(space, **settings)
+    rows = [{"node_2.input": 0, "node_2.op": op} for op in ops]
+    high, low = math.exp(0.44 * math.tanh(10)), 1.0
+    expected = [value / (2 * high + 3 * low) / 2 for value in (high, high, low, low, low)]
+    assert strategy.controller.evaluate(rows)[0].exp().tolist() == pytest.approx(expected, rel=1e-6)
+    before = strategy.controller.biases[0].detach().clone()
+    strategy.tell([Trial(Genotype("toy", row), value) for row, value in zip(rows, (0, 0, 1, 0, 0), strict=True)])
+    assert strategy.controller.biases[0][2] > before[2]
+    assert make(space).controller.biases is None
+    with pytest.raises(
+        UserError, match=r"strategy.option_bias: 'sep_conv_3x4' is no option .* Did you mean 'sep_conv_3x3'"
+    ):
+        make(space, option_bias={"sep_conv_3x4": 1.0})
+
+
+def test_a_large_constant_of_categories_leaves_indices_alone():
+    space = ToySpace([OneOf("node_2.input", (0, 1), node=2, reads_node=True), OneOf("node_2.op", ("a", "b"), node=2)])
+
+    def spread(key, **settings):
+        strategy = make(space, init_range=2.0, locality=None, temperature=None, **settings)
+        rows = [{"node_2.input": i, "node_2.op": op} for i in (0, 1) for op in ("a", "b")]
+        p = strategy.controller.evaluate(rows)[0].exp().tolist()
+        return p[0] + p[1] if key == "input" else p[0] / (p[0] + p[1])
+
+    assert spread("input", tanh_constant=1.0, category_constant=9.0) == pytest.approx(
+        spread("input", tanh_constant=1.0)
+    )
+    assert spread("op", tanh_constant=1.0, category_constant=9.0) != pytest.approx(spread("op", tanh_constant=1.0))
