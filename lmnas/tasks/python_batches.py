@@ -64,6 +64,7 @@ def _run(data: bytes) -> Any:
         del stack[start:]
         return items
 
+    argument: Any
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name in _VALUES:
