@@ -35,10 +35,10 @@ def _draw(draws: np.random.Generator, labels: np.ndarray) -> np.ndarray:
         return draws.uniform(low, high, size=(n, 1, 1))
 
     y, x = np.mgrid[:SIZE, :SIZE][:, None] + 0.5
-    radius = uniform(3.5, 6.5)
+    radius = uniform(4.0, 6.5)
     margin = radius - 1.0  # a shape may leave the picture by a pixel or so
     dy, dx = (grid - (margin + (SIZE - 2 * margin) * uniform(0, 1)) for grid in (y, x))
-    turn = uniform(-0.3, 0.3)
+    turn = uniform(-0.2, 0.2)
     u, v = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
     coverage = np.empty((n, SIZE, SIZE))
     for number, name in enumerate(CLASSES):
@@ -49,7 +49,7 @@ def _draw(draws: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     ground = draws.uniform(0, 1, size=(n, 3, 1, 1))
     ink = draws.uniform(0, 1, size=(n, 3, 1, 1))
     # both colours at least this far apart, else nothing is to be seen: the farther corner of the cube serves
-    near = np.abs(ink - ground).max(axis=1, keepdims=True) < 0.35
+    near = np.abs(ink - ground).max(axis=1, keepdims=True) < 0.4
     ink = np.where(near, np.where(ground < 0.5, ground + 0.5, ground - 0.5), ink)
     tint = draws.normal(0, 0.015, size=(n, 3, 2, 1, 1))
     picture = ground + tint[:, :, 0] * (x - SIZE / 2) + tint[:, :, 1] * (y - SIZE / 2)
@@ -58,7 +58,7 @@ def _draw(draws: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     stray = draws.uniform(0, 1, size=(n, 3, 1, 1))
     picture = picture + np.clip(0.5 - bar, 0, 1)[:, None] * (stray - picture) * 0.6
     picture = picture + coverage[:, None] * (ink - picture)
-    picture = picture + draws.normal(0, 0.09, size=picture.shape)
+    picture = picture + draws.normal(0, 0.07, size=picture.shape)
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
 
 
