@@ -66,10 +66,6 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _meta_batch(batch: Batch) -> Batch:
-    return Batch(batch.inputs.to("meta"), batch.targets.to("meta"), batch.lr_scale)
-
-
 def kept_bytes(model: nn.Module, batch: Batch, choice: Choice, kernel: Decided) -> tuple[int, int]:
     """Bytes that autograd holds between forward and backward of one batch.
 
@@ -79,7 +75,7 @@ def kept_bytes(model: nn.Module, batch: Batch, choice: Choice, kernel: Decided) 
     Returns:
         Those of everything but the model's weights, and those of the weights that took part.
     """
-    batch = _meta_batch(batch)
+    batch = batch.to("meta")
     masks = model.draw_masks(batch, torch.Generator().manual_seed(0))  # type: ignore[operator]
     held: dict[int, Any] = {}
 
@@ -161,7 +157,7 @@ def forward_flops(model: nn.Module, batch: Batch, choice: Choice) -> float:
         model, choice: on `meta`.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad(), planning("reference"):
-        model(_meta_batch(batch), None, {}, choice, penalised=False)
+        model(batch.to("meta"), None, {}, choice, penalised=False)
     return float(counter.get_total_flops())
 
 

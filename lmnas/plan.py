@@ -186,20 +186,23 @@ def _opened(key: str) -> tuple[Recipe, Task, Space]:
 def _forecasts(key: str, kernel: Decided) -> tuple[tuple[str, Forecast, bool, bool], ...]:
     """(place, one step, whether weights are averaged, whether the best are kept) of every training."""
     recipe, task, space = _opened(key)
-    copies = 0
+    copies, by_gradient = 0, False
     if recipe.genotype is None:
-        copies = getattr(open_strategy(recipe, space, task, 0), "weight_copies", 0)
+        strategy = open_strategy(recipe, space, task, 0)
+        copies, by_gradient = getattr(strategy, "weight_copies", 0), "mixture" in strategy.needs
     found = []
     for example in _examples(recipe, task, space):
         optimizer = example.training.optimizer
         alone = example.choice is None
+        momentum = int(optimizer.method == "sgd" and optimizer.momentum > 0)
         step = step_forecast(
             example.model,
             example.batch,
             example.choice,
             kernel,
-            optimizer_copies=2 if optimizer.method == "adam" else int(optimizer.momentum > 0),
-            copies=0 if alone else copies,
+            optimizer_copies=2 if optimizer.method == "adam" else momentum,
+            # a strategy that learns by gradient is given the velocity as values of its own
+            copies=0 if alone else copies + momentum * by_gradient,
         )
         found.append((example.where, step, alone and optimizer.averaging != "none", alone))
     return tuple(found)

@@ -8,7 +8,7 @@ Shapes: T time, B batch, H hidden width, V vocabulary, E edges of a table, K ope
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -193,6 +193,8 @@ class LearnStep:
     Attributes:
         weights: the supernet's parameters by name (leaves; never modified by the strategy).
         learning_rate: the rate of the weights' next update, after any scaling of this step.
+        velocity: momentum times the momentum buffer, which that update adds to the gradient and the decay, by weight
+            name; a weight that has no buffer yet is left out, and without momentum it is empty.
     """
 
     step: int
@@ -202,6 +204,7 @@ class LearnStep:
     learning_rate: float
     weight_decay: float
     clip: float | None
+    velocity: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Strategy(Protocol):
@@ -277,11 +280,21 @@ class Estimator(Protocol):
 
 @dataclass
 class Batch:
-    """One step's data. `lr_scale` multiplies the learning rate for this step (segment length over its base)."""
+    """One step's data.
+
+    Attributes:
+        lr_scale: multiplies the learning rate for this step (segment length over its base).
+        progress: share of the training's epochs that are over, 0 in the first; the training sets it. A rate that grows
+            with time (drop-path) is a function of it.
+    """
 
     inputs: Tensor
     targets: Tensor
     lr_scale: float = 1.0
+    progress: float = 0.0
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
 
 
 class Stream(Protocol):

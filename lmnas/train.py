@@ -12,7 +12,7 @@ lags a step behind as in torch's ASGD; NaN alone triggers recovery, not any exce
 import functools
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -44,10 +44,21 @@ class Optimizer:
     """Rate for a segment of the base length; Adam wants one about 0.001."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum, as torch has it (ENAS' image networks)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """L2 coefficient, added to the gradient after clipping."""
     clip: Annotated[float, Field(gt=0)] | None = 0.25
     """Largest global norm of the gradient; with a high rate this is the real step-size control."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Constant up to `decay`, or half a cosine from `learning_rate` to `learning_rate_min`, one rate an epoch
+    (Loshchilov & Hutter, SGDR, 2017, arXiv 1608.03983, eq. 5)."""
+    learning_rate_min: Annotated[float, Field(ge=0)] = 0.0
+    """Where the cosine would end, one epoch after its last."""
+    restart_epochs: Annotated[int, Field(ge=1)] | None = None
+    """Epochs of the cosine's first cycle, T_0 (ENAS: 10); null: one cycle over the whole training."""
+    restart_factor: Annotated[int, Field(ge=1)] = 2
+    """Each cycle is so many times as long as the one before, T_mul."""
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the rate after every epoch from `decay_from` on (ENAS: 0.96 from 15)."""
     decay_from: Annotated[int, Field(ge=0)] = 0
@@ -57,6 +68,25 @@ class Optimizer:
     patience: Annotated[int, Field(ge=1)] = 5
     averaging_from: Annotated[float, Field(gt=0)] | None = None
     """Do not switch before validation is better than this (Li & Talwalkar, 2019: perplexity 78)."""
+
+    def __post_init__(self) -> None:
+        if self.nesterov and not (self.method == "sgd" and self.momentum > 0):
+            raise ValueError("nesterov is a form of SGD's momentum: set method 'sgd' and a momentum above 0")
+        if self.schedule == "cosine":
+            if self.decay != 1:
+                raise ValueError("schedule 'cosine' and decay both set the rate: leave decay at 1")
+            if self.learning_rate_min > self.learning_rate:
+                raise ValueError(f"learning_rate_min is above learning_rate {self.learning_rate:g}")
+        elif self.learning_rate_min or self.restart_epochs:
+            raise ValueError("learning_rate_min and restart_epochs are of schedule 'cosine', which is not set")
+
+    def cosine(self, epoch: int, epochs: int) -> float:
+        """The cosine's rate in epoch number `epoch` (from 0) of a training of `epochs`."""
+        position, length = epoch, self.restart_epochs or epochs
+        while self.restart_epochs and position >= length:
+            position, length = position - length, length * self.restart_factor
+        share = (1 + math.cos(math.pi * position / length)) / 2
+        return self.learning_rate_min + (self.learning_rate - self.learning_rate_min) * share
 
 
 @dataclass(kw_only=True)
@@ -87,11 +117,16 @@ class NotFinite(Exception):
 
 
 class WeightTraining:
-    """The weights of one model under training: model, optimiser, data cursor and carried state."""
+    """The weights of one model under training: model, optimiser, data cursor and carried state.
+
+    What the model keeps beside its weights (a batch norm's running statistics) is in its `state_dict`, and so in every
+    checkpoint.
+    """
 
     def __init__(self, model: nn.Module, task: Task, training: Training, seed: int, device: torch.device):
         self.model = model
         self.settings = training.optimizer
+        self.epochs = training.epochs
         self.seed = seed
         self.device = device
         self.stream = task.stream("train", training.batch_settings(task), seed)
@@ -102,8 +137,12 @@ class WeightTraining:
         if self.settings.method == "adam":
             self.optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay, fused=True)
         else:
-            momentum = self.settings.momentum
-            self.optimizer = torch.optim.SGD(model.parameters(), rate, momentum, weight_decay=decay, fused=True)
+            momentum, nesterov = self.settings.momentum, self.settings.nesterov
+            self.optimizer = torch.optim.SGD(
+                model.parameters(), rate, momentum, weight_decay=decay, nesterov=nesterov, fused=True
+            )
+        self.epoch = 0
+        """That of the batch in hand; the stream's own has grown already when that batch is the last of a pass."""
         self.steps = 0
         self.salt = 0
         """Grows at every recovery, so that the steps after it draw other noise than those that led to NaN."""
@@ -111,14 +150,19 @@ class WeightTraining:
     @property
     def learning_rate(self) -> float:
         """The rate of this epoch, for a segment of the base length."""
+        if self.settings.schedule == "cosine":
+            return self.settings.cosine(self.epoch, self.epochs)
+        # `decay` reaches the last batch of a pass already: so it was when the results on record were made
         return self.settings.learning_rate * self.settings.decay ** max(
             0, self.stream.epoch - self.settings.decay_from + 1
         )
 
     def draw(self) -> Batch:
-        """The next batch, on the device."""
-        batch = self.stream.next()
-        return Batch(batch.inputs.to(self.device), batch.targets.to(self.device), batch.lr_scale)
+        """The next batch, on the device; the model is set to train on it (batch norm: by batch statistics)."""
+        if not self.model.training:
+            self.model.train()
+        self.epoch = self.stream.epoch
+        return replace(self.stream.next().to(self.device), progress=self.epoch / self.epochs)
 
     def masks(self, purpose: str, batch: Batch) -> Any:
         """This step's dropout masks for one purpose."""
@@ -151,6 +195,17 @@ class WeightTraining:
         self.stream.carry = carry
         self.steps += 1
         return value
+
+    def velocity(self) -> dict[str, Tensor]:
+        """Momentum times the momentum buffer of each weight that has one, by name."""
+        if self.settings.method != "sgd" or not self.settings.momentum:
+            return {}
+        buffers = {
+            name: self.optimizer.state[weight].get("momentum_buffer")
+            for name, weight in self.model.named_parameters()
+            if weight in self.optimizer.state
+        }
+        return {name: self.settings.momentum * buffer for name, buffer in buffers.items() if buffer is not None}
 
     def skip(self) -> None:
         """Leave the drawn batch out; the next one starts from the initial state."""
@@ -217,6 +272,22 @@ def should_average(history: list[float], value: float, settings: Optimizer, obje
     if settings.averaging_from is not None and not objective.better(value, settings.averaging_from):
         return False
     return objective.key(value) > min(objective.key(v) for v in earlier)
+
+
+def averaged_model(model: nn.Module) -> AveragedModel:
+    """The running mean of a model's weights, and of its buffers: a batch norm's statistics are averaged as the weights
+    are, which stands for measuring them anew (Izmailov et al., 2018, arXiv 1803.05407, section 3.3); counts are taken
+    over."""
+    mean = get_swa_multi_avg_fn()
+
+    def update(averaged: Any, current: Any, n_averaged: Any) -> None:
+        if averaged[0].is_floating_point():
+            mean(averaged, current, n_averaged)
+        else:
+            for old, new in zip(averaged, current, strict=True):
+                old.copy_(new)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def initialise(model: nn.Module, seed: int) -> nn.Module:
@@ -365,9 +436,6 @@ def _fit(
     recovery = Recovery(job)
     train_seconds, n_targets = 0.0, 0
 
-    def start_averaging() -> AveragedModel:
-        return AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())
-
     def state() -> dict[str, Any]:
         return {
             "training": weights.state_dict(),
@@ -384,7 +452,7 @@ def _fit(
         weights.load_state_dict(saved["training"])
         averaged = None
         if saved["averaged"] is not None:
-            averaged = start_averaging()
+            averaged = averaged_model(model)
             averaged.load_state_dict(saved["averaged"])
         history, best = list(saved["history"]), saved["best"]
         loss_mean.total, loss_mean.count = saved["loss"]
@@ -437,7 +505,7 @@ def _fit(
                 averaging=averaged is not None,
             )
             if averaged is None and should_average(history, score.value, training.optimizer, task.objective):
-                averaged = start_averaging()
+                averaged = averaged_model(model)
             history.append(score.value)
             loss_mean = Mean()
         if ended or weights.steps % training.checkpoint_steps == 0:

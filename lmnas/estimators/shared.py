@@ -5,6 +5,7 @@ Talwalkar, 2019, arXiv 1902.07638), with `gradient` DARTS (Liu et al., 2019): no
 Scores are proxies: they rank candidates and are never results.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,7 +157,7 @@ class Shared:
     def _learn(self, strategy: SharingStrategy, weights: WeightTraining, batch: Batch, valid_stream: Any) -> None:
         """One architecture step: losses as functions of weights and mixture, data and dropout noise held fixed."""
         valid = valid_stream.next()
-        valid = Batch(valid.inputs.to(self.device), valid.targets.to(self.device))
+        valid = replace(valid.to(self.device), progress=batch.progress)
         train_carry, valid_carry = weights.stream.carry, valid_stream.carry
         train_masks, valid_masks = weights.masks("learn-train", batch), weights.masks("learn-valid", valid)
         carried: State = None
@@ -182,13 +183,14 @@ class Shared:
                 learning_rate=weights.learning_rate * batch.lr_scale,
                 weight_decay=self.training.optimizer.weight_decay,
                 clip=self.training.optimizer.clip,
+                velocity=weights.velocity(),
             )
         )
         valid_stream.carry = carried
 
     def _reward(self, strategy: SharingStrategy, batch: Batch, step: int) -> None:
         """One update of the policy: proposals scored on the same validation batch, from zero state, no dropout."""
-        batch = Batch(batch.inputs.to(self.device), batch.targets.to(self.device))
+        batch = batch.to(self.device)
         genotypes = strategy.ask(strategy.rewards_per_update)
         strategy.tell([Trial(g, self.task.score_batch(self.model, batch, g).value) for g in genotypes])
 

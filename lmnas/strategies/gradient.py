@@ -4,13 +4,17 @@ Every table of the space's relaxation has logits alpha; the supernet runs softma
 once, before the weights do:
 
     first order    g = d/dalpha L_val(w, alpha)
-    second order   w' = w - xi * clip(d/dw L_train(w, alpha)) - xi * decay * w
+    second order   w' = w - xi * [clip(d/dw L_train(w, alpha)) + decay * w + velocity]
                    g = d/dalpha L_val(w', alpha) - xi * c * [d/dalpha L_train(w+) - d/dalpha L_train(w-)] / (2 eps)
                    w+- = w +- eps * v,  v = clip(d/dw' L_val(w', alpha)),  eps = epsilon / |v|   (eqs. 6-8)
 
+`velocity` is momentum times the momentum buffer (zero for the recurrent search, which has no momentum), so that w' is
+the weights' next update by SGD, clipped as that update is clipped; of Nesterov's form it is the plain one.
+
 Departures from the authors' code, each a flaw of it: the clipping coefficient c is capped at 1; w+ and w- see identical
 dropout masks (the losses given carry them); the unrolled step moves the tied embedding as well (their copy back of the
-old decoder undid it). Kept from it: gradients clipped in the look-ahead and the finite difference taken at w.
+old decoder undid it). Kept from it: gradients clipped in the look-ahead and the finite difference taken at w. Its
+convolutional half clips the weights' update to norm 5 but not the look-ahead; here `clip` holds for both.
 """
 
 from collections.abc import Callable, Mapping
@@ -171,10 +175,12 @@ def architecture_gradient(
     train_gradients = _grad(step.train_loss(weights, fixed), values)
     train_gradients, coefficient = _clipped(train_gradients, step.clip)
     with torch.no_grad():
-        ahead = {
-            key: weight - step.learning_rate * (gradient + step.weight_decay * weight)
-            for key, weight, gradient in zip(keys, values, train_gradients, strict=True)
-        }
+        ahead = {}
+        for key, weight, gradient in zip(keys, values, train_gradients, strict=True):
+            direction = gradient + step.weight_decay * weight
+            if key in step.velocity:
+                direction += step.velocity[key]
+            ahead[key] = weight - step.learning_rate * direction
     ahead = {key: weight.requires_grad_() for key, weight in ahead.items()}
 
     gradients = torch.autograd.grad(step.valid_loss(ahead, mixture()), [*leaves, *ahead.values()], allow_unused=True)

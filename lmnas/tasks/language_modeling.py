@@ -350,7 +350,7 @@ class LanguageModeling:
         for number, batch in enumerate(self._segments(columns, length)):
             if max_segments is not None and number >= max_segments:
                 break
-            batch = Batch(batch.inputs.to(device), batch.targets.to(device))
+            batch = batch.to(device)
             loss, carry = model(batch, carry, {}, choice, penalised=False)
             total += loss.double() * batch.targets.numel()
             count += batch.targets.numel()

@@ -76,6 +76,14 @@ def test_weight_decay_enters_the_look_ahead():
     assert toy_gradient(2, weight_decay=0.1) == pytest.approx((2.1 - 2) + 2.0, rel=1e-6)
 
 
+def test_velocity_enters_the_look_ahead():
+    """w' = -2 - 0.5 * (-8 + 0.1 * -2 + 0.3) = 1.95; the implicit part does not change."""
+    step = dataclasses.replace(toy_step(weight_decay=0.1), velocity={"w": torch.tensor(0.3, dtype=torch.float64)})
+    alphas = {"a": torch.tensor(2.0, dtype=torch.float64, requires_grad=True)}
+    found = architecture_gradient(step, alphas, identity, 2)["a"].item()
+    assert found == pytest.approx((1.95 - 2) + 2.0, rel=1e-6)
+
+
 class Recorder:
     """A strategy that keeps the step it is given."""
 
@@ -116,16 +124,49 @@ def recorded(tiny_task, float64):
     return recorder.given, alphas
 
 
+def test_the_look_ahead_is_the_next_update(tiny_task, float64):
+    """The step that the shared estimator hands over has all that SGD with momentum will use: clip, decay, velocity."""
+    space = RecurrentCell(n_nodes=2)
+    optimizer = Optimizer(learning_rate=0.7, momentum=0.9, clip=0.05, weight_decay=1e-2)
+    training = Training(
+        epochs=1, model={"width": 6}, batches={"batch_size": 6, "bptt": 5}, optimizer=optimizer, checkpoint_steps=10
+    )
+    estimator = Shared(space, tiny_task, 0, torch.device("cpu"), training=training)
+    weights = WeightTraining(estimator.model, tiny_task, training, 0, torch.device("cpu"))
+    mixture = {t.name: torch.full((len(t.edges), len(t.ops)), 1 / len(t.ops)) for t in space.tables()}
+    for _ in range(2):
+        weights.update(weights.draw(), mixture)
+    batch, recorder = weights.draw(), Recorder(None)
+    estimator._learn(recorder, weights, batch, tiny_task.stream("valid", estimator.valid_batches, 0))
+    step = recorder.given
+    leaves = {name: w.detach().requires_grad_() for name, w in step.weights.items()}
+    gradients = torch.autograd.grad(step.train_loss(leaves, mixture), list(leaves.values()))
+    clipped, coefficient = _clipped(list(gradients), step.clip)
+    assert coefficient < 1 and step.velocity.keys() == leaves.keys()
+    ahead = {
+        name: w - step.learning_rate * (g + step.weight_decay * w + step.velocity[name])
+        for (name, w), g in zip(leaves.items(), clipped, strict=True)
+    }
+    weights.update(batch, mixture)
+    for name, weight in estimator.model.named_parameters():
+        torch.testing.assert_close(ahead[name], weight, rtol=1e-9, atol=1e-11)
+
+
 def softmax(alphas):
     return {name: alpha.softmax(-1) for name, alpha in alphas.items()}
 
 
-def test_second_order_against_finite_differences_of_the_look_ahead(recorded):
-    """d/dalpha of L_val(w - xi (grad L_train(w, alpha) + decay w), alpha), whole, to 1e-4 relative.
+@pytest.mark.parametrize("momentum", [False, True])
+def test_second_order_against_finite_differences_of_the_look_ahead(recorded, momentum):
+    """d/dalpha of L_val(w - xi (grad L_train(w, alpha) + decay w + velocity), alpha), whole, to 1e-4 relative.
 
     With a short step of the inner finite difference: the papers' 1e-2 crosses kinks of ReLU here, and is 15 % off.
     """
     step, alphas = recorded
+    assert not step.velocity, "without momentum there is none"
+    if momentum:
+        noise = generator(3, "velocity")
+        step.velocity = {name: 0.1 * torch.randn(w.shape, generator=noise) for name, w in step.weights.items()}
     ours = architecture_gradient(step, alphas, softmax, 2, epsilon=1e-5)["nodes"]
 
     def look_ahead(alpha):
@@ -134,7 +175,7 @@ def test_second_order_against_finite_differences_of_the_look_ahead(recorded):
         gradients = torch.autograd.grad(step.train_loss(weights, mixture), list(weights.values()))
         with torch.no_grad():
             ahead = {
-                name: w - step.learning_rate * (g + step.weight_decay * w)
+                name: w - step.learning_rate * (g + step.weight_decay * w + step.velocity.get(name, 0.0))
                 for (name, w), g in zip(weights.items(), gradients, strict=True)
             }
             return step.valid_loss(ahead, mixture).item()
