@@ -40,14 +40,14 @@ class Objective:
     Attributes:
         worst: the worst value that there can be, where there is one (an error rate: 100 %); a reward can then be the
             share of it that was avoided.
-        items: what predictions are made for, and throughput counts; None: tokens.
+        items: what predictions are made for, and throughput counts (`images`); None: tokens.
     """
 
     name: str
     unit: str
     direction: Literal["minimize", "maximize"]
     worst: float | None = None
-    items: str | None = None
+    items: Literal["tokens", "images"] | None = None
 
     def better(self, first: float, second: float) -> bool:
         """Whether `first` beats `second`; a value that is not finite beats nothing."""
