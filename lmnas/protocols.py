@@ -255,7 +255,10 @@ class SharingStrategy(Strategy, Protocol):
 
 
 class Estimator(Protocol):
-    """Scores genotypes. `__init__(space, task, seed, device, *, settings...)`."""
+    """Scores genotypes. `__init__(space, task, seed, device, *, settings...)`.
+
+    One that cannot score every kind of body has `kinds`, those that it can.
+    """
 
     provides: frozenset[str]
     """Capabilities it offers a strategy."""

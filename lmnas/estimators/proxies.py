@@ -29,6 +29,7 @@ class Proxy:
     provides: frozenset[str] = frozenset()
     is_proxy = True
     is_cheap = True
+    kinds = frozenset({"recurrent"})
 
     def __init__(
         self,

@@ -132,7 +132,8 @@ def _read_curves(jobs: Path, results: Records) -> list[Curve]:
     for path in sorted(jobs.glob("*/events.jsonl")):
         if match := JOB.fullmatch(path.parent.name):
             stage, what, seed = match.groups()
-            model = (sources.get(what) if stage == "select" else what) or SEARCHED
+            models = {"select": sources.get(what), "train": what}
+            model = models.get(stage) or SEARCHED
             curves.append(Curve(stage, model, int(seed), read_events(path)))
     return curves
 
@@ -294,7 +295,7 @@ def _predictions(details: Records) -> str:
     names, counts = details.get("classes") or [], details.get("confusion") or []
     if counts:
         if len(counts) <= plots.LARGEST_TABLE:
-            figures.append(_figure(plots.confusion_table(names, counts), "True classes against predicted", "confusion"))
+            parts.append(_figure(plots.confusion_table(names, counts), "True classes against predicted", "confusion"))
         found = sorted(
             (
                 (count, true, taken)
@@ -328,7 +329,7 @@ def _predictions(details: Records) -> str:
     note = (
         f'<p class="faint">On the test split, by the model that is handed over (seed {_text(details.get("seed"))}).</p>'
     )
-    return _section("What it predicts", "\n".join([note, _grid(figures), *parts]))
+    return _section("What it predicts", "\n".join([note, *parts, _grid(figures)]))
 
 
 def _share(part: int, whole: int) -> str:

@@ -68,7 +68,7 @@ class ResNet:
     def diagram(self, genotype: Genotype) -> Diagram:
         n = genotype.choices["blocks"]
         nodes = [("x", "image", "input"), ("stem", "conv 3x3", "op")]
-        nodes += [(f"s{i}", f"{n} blocks, {c}C", "op") for i, c in enumerate(("", "2", "4"))]
+        nodes += [(f"s{i}", f"{n} block{'s' if n > 1 else ''}, {c}C", "op") for i, c in enumerate(("", "2", "4"))]
         nodes += [("out", "mean", "output")]
         keys = [key for key, _, _ in nodes]
         strides = ("", "", "half", "half", "")

@@ -17,6 +17,7 @@ Without a validation split of its own, the last images of the training split are
 cache, since decoding takes seconds and each worker process would do it again.
 """
 
+import gzip
 import hashlib
 import importlib
 import io
@@ -333,7 +334,7 @@ def _archived(path: Path) -> dict[str, bytes]:
     )
     members: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:*") as archive:
+        with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r:") as archive:
             for member in archive:
                 if not wanted.fullmatch(member.name):
                     continue
@@ -347,6 +348,8 @@ def _archived(path: Path) -> dict[str, bytes]:
                 members[name] = file.read()
                 if len(members[name]) != member.size:
                     raise UserError(f"{path}: damaged ({member.name} ends too early)")
+            while unzipped.read(1 << 20):  # to the end, where its checksum is
+                pass
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise UserError(f"{path}: not a .tar.gz archive, or damaged ({error})") from None
     return members
@@ -487,6 +490,8 @@ def _decode_parquet(folder: Path, files: dict[str, list[Path]]) -> tuple[dict[st
                 label = _column(path, schema.names, LABEL_COLUMNS)
                 names = names or _names_in(schema.metadata, label)
                 table = parquet.read_table(path, columns=[image, label])
+                if not table.num_rows:
+                    continue
                 contents = table.column(image).combine_chunks().field("bytes").to_pylist()
                 labels = table.column(label).to_numpy().astype(np.int64)
             except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
