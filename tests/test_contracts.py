@@ -27,12 +27,15 @@ from lmnas.train import initialise
 OBJECTIVE = Objective("error", "", "minimize")
 CPU = torch.device("cpu")
 T, B, H = 6, 3, 5
-RATES = {"x": 0.5, "hidden": 0.5, "weight": 0.5}
+PIXELS = 8
+RATES = {"x": 0.5, "hidden": 0.5, "weight": 0.5, "path": 0.5}
 ENAS = {"n_nodes": 5, "input_activation": "searched", "output": "loose-ends", "sharing": "edge"}
 SIZES = {"width": H, "batch_size": B, "bptt": 7, "eval_batch_size": 2, "test_batch_size": 2}
 """What models and batches may ask for; each task takes those that it has."""
+SMALL = {"darts-conv": {"cells": 3}, "enas-micro": {"cells": 4}}
+"""Depth as it is tested; `covering` builds at the default one."""
 SPACES = [
-    *((name, {}) for name in registry.names("space")),
+    *((name, SMALL.get(name, {})) for name in registry.names("space")),
     ("recurrent-cell", ENAS),
     ("flexibert", {"form": "reduced"}),
 ]
@@ -57,12 +60,24 @@ def known(kind, name, settings):
 
 
 def make_space(name, **settings):
-    # batch norm is the supernet's alone, so outputs are compared without it
-    return registry.create("space", {"name": name, **known("space", name, {"batch_norm": "none"}), **settings})
+    # norms that are the supernet's alone are left out, so that outputs can be compared
+    alone = known("space", name, {"batch_norm": "none", "pool_norm": "never"})
+    return registry.create("space", {"name": name, **alone, **settings})
 
 
 def make_task(name, text):
-    return registry.create("task", {"name": name, **known("task", name, {"data": str(text)})})
+    """On the small text, or on small pictures beside it."""
+    data = text
+    if "image" in registry.component("task", name).kinds:
+        data = text.parent / "pictures"
+        if not data.is_dir():
+            tiny.pictures(data, n_train=8, n_valid=3, size=PIXELS)
+    return registry.create("task", {"name": name, **known("task", name, {"data": str(data)})})
+
+
+def new_data(task, text):
+    """What a user of the trained model would have it score."""
+    return str(text.parent / "pictures" / "test") if "image" in task.kinds else tiny.text(2)
 
 
 def settings_for(target):
@@ -81,6 +96,26 @@ def make_body(space, genotype, seed=0):
 
 def segment(seed=0, time=T):
     return torch.randn(time, B, H, generator=generator(seed, "inputs"), dtype=torch.float64)
+
+
+def inputs_for(space):
+    if space.kind == "image":
+        return torch.randn(B, 3, PIXELS, PIXELS, generator=generator(0, "inputs"), dtype=torch.float64)
+    return segment()
+
+
+def zero_state(body):
+    """What a segment begins with, in the body's precision."""
+    state = body.initial_state(B)
+    return state if state is None else state.double()
+
+
+def some_state(body):
+    """Not the initial state: a gated graph may stay at zero for ever."""
+    state = body.initial_state(B)
+    if state is None:
+        return None
+    return torch.randn(state.shape, generator=generator(0, "state"), dtype=torch.float64)
 
 
 # ------------------------------------------------------------------------------------------------------------ spaces
@@ -108,14 +143,14 @@ def test_genotypes_are_values_of_the_space(name, settings):
 
 @every_space
 def test_covering_builds_the_same_from_the_genotype_alone(name, settings):
-    space = make_space(name, **settings)
-    for genotype in samples(space, 5):
+    depth = SMALL.get(name, {})
+    space = make_space(name, **{key: value for key, value in settings.items() if key not in depth})
+    for genotype in samples(space, 2 if depth else 5):
         first, second = make_body(space, genotype), make_body(covering_space(genotype), genotype)
-        inputs = segment()
-        assert torch.equal(
-            first(inputs, first.initial_state(B).double(), {})[0],
-            second(inputs, second.initial_state(B).double(), {})[0],
-        )
+        inputs = inputs_for(space)
+        found = first(inputs, zero_state(first), {})[0]
+        assert found.isfinite().all()
+        assert torch.equal(found, second(inputs, zero_state(second), {})[0])
 
 
 @every_space
@@ -132,6 +167,14 @@ def test_diagrams_are_whole(name, settings):
 @every_space
 def test_a_body_keeps_the_shape_and_carries_its_state(name, settings):
     space = make_space(name, **settings)
+    if space.kind == "image":
+        for genotype in samples(space, 3):
+            body, inputs = make_body(space, genotype), inputs_for(space)
+            features, auxiliary = body.maps(inputs, {})
+            assert body.width == H and features.shape == (B, body.n_features) and features.isfinite().all()
+            assert auxiliary.shape[:2] == (B, body.auxiliary_channels)
+            assert torch.equal(body(inputs, None, {})[0], features)
+        return
     if space.kind != "recurrent":
         pytest.skip(f"{space.kind} bodies have no state to carry")
     for genotype in samples(space, 3):
@@ -159,14 +202,14 @@ def test_weights_and_masks_come_from_the_generator_alone(name, settings):
     masks, again = (body.draw_masks(B, RATES, generator(0, "masks")) for _ in range(2))
     assert masks and masks.keys() == again.keys()
     assert all(torch.equal(masks[key], again[key]) for key in masks)
-    assert all(
-        set(mask.unique().tolist()) <= {0.0, 2.0} for mask in masks.values()
-    )  # already over the keep probability
-    # not the initial state: a gated graph may stay at zero for ever
-    state = torch.randn(body.initial_state(B).shape, generator=generator(0, "state"), dtype=torch.float64)
-    dropped, plain = (body(segment(), state, m)[0] for m in (masks, {}))
+    # already over the keep probability, which may be more than a half in earlier layers
+    kept = [set(mask.unique().tolist()) - {0.0} for mask in masks.values()]
+    assert all(len(values) <= 1 and max(values, default=2.0) <= 2.0 for values in kept)
+    assert max(max(values, default=1.0) for values in kept) == 2.0
+    state, inputs = some_state(body), inputs_for(space)
+    dropped, plain = (body(inputs, state, m)[0] for m in (masks, {}))
     assert not torch.equal(dropped, plain)
-    assert torch.equal(dropped, body(segment(), state, again)[0])
+    assert torch.equal(dropped, body(inputs, state, again)[0])
 
 
 def make_supernet(space):
@@ -186,9 +229,14 @@ def test_a_path_of_the_supernet_is_the_stand_alone_body(name, settings):
         body = space.build(genotype, H).double()
         body.load_state_dict(net.inherit(genotype))
         masks = body.draw_masks(B, RATES, generator(0, "masks"))
-        state = body.initial_state(B)
-        for expected, found in zip(body(segment(), state, masks), net(segment(), state, masks, genotype), strict=True):
-            assert torch.equal(expected, found)
+        state, inputs = body.initial_state(B), inputs_for(space)
+        (expected, last), (found, found_last) = body(inputs, state, masks), net(inputs, state, masks, genotype)
+        if hasattr(net, "columns"):
+            columns = net.columns(genotype)
+            assert found.count_nonzero() == found[:, columns].count_nonzero()
+            found = found[:, columns]
+        assert torch.equal(expected, found)
+        assert (last is found_last is None) or torch.equal(last, found_last)
 
 
 def one_hot(space, rng):
@@ -214,8 +262,8 @@ def test_a_one_hot_mixture_is_the_path_that_it_derives(name, settings):
         genotype = space.derive(mixture)
         space.check(genotype)
         assert genotype == space.derive({key: 0.3 * table for key, table in mixture.items()})
-        soft = net(segment(), net.initial_state(B), {}, mixture)[0]
-        hard = net(segment(), net.initial_state(B), {}, genotype)[0]
+        soft = net(inputs_for(space), net.initial_state(B), {}, mixture)[0]
+        hard = net(inputs_for(space), net.initial_state(B), {}, genotype)[0]
         torch.testing.assert_close(soft, hard, rtol=0, atol=1e-10)
         derived.add(genotype)
     assert len(derived) > 5
@@ -232,8 +280,8 @@ def test_the_relaxation_has_gradients(name, settings):
         for table in space.tables()
     }
     leaves = [table.requires_grad_() for table in mixture.values()]
-    out = net(segment(), net.initial_state(B), {}, mixture)[0]
-    assert out.shape == (T, B, H)
+    out = net(inputs_for(space), net.initial_state(B), {}, mixture)[0]
+    assert out.shape == ((B, net.n_features) if space.kind == "image" else (T, B, H))
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.square().sum(), leaves))
 
 
@@ -460,4 +508,4 @@ def test_it_hands_over_what_a_user_needs(name, text, tmp_path):
     task = make_task(name, text)
     task.save_assets(tmp_path)
     assert list(tmp_path.iterdir())
-    assert math.isfinite(task.score_text(make_model(task), tiny.text(2)).value)
+    assert math.isfinite(task.score_text(make_model(task), new_data(task, text)).value)
