@@ -241,6 +241,12 @@ def check(recipe: Recipe) -> None:
             f"space {recipe.space['name']!r} makes {space.kind} bodies, task {recipe.task['name']!r} takes "
             f"{', '.join(sorted(task.kinds))}"
         )
+    scored = getattr(estimator, "kinds", None)
+    if scored is not None and space.kind not in scored:
+        raise UserError(
+            f"estimator {recipe.estimator['name']!r} scores {', '.join(sorted(scored))} bodies; space "
+            f"{recipe.space['name']!r} makes {space.kind} bodies"
+        )
     for where, training in trainings(recipe):
         training.model_settings(task, f"{where}.model")
         training.batch_settings(task, f"{where}.batches")

@@ -14,7 +14,7 @@ import signal
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import optuna
@@ -42,7 +42,7 @@ from lmnas.jobs import (
 )
 from lmnas.kernels import must_compile, unavailable
 from lmnas.pin import FILE, Pin, read_pin, write_pin
-from lmnas.plan import plan
+from lmnas.plan import RECURRENT, plan
 from lmnas.preflight import given_genotype, preflight
 from lmnas.progress import Display, seconds_text
 from lmnas.protocols import Space, Strategy, Trial
@@ -136,7 +136,8 @@ class Experiment:
             pin.apply()
         if before is not None and before.kernel != pin.kernel:
             self._incident(f"kernel: {before.kernel} until now, {pin.kernel} from here on; last digits may differ")
-        if before is None and asked == "auto" and self.device.type == "cpu":
+        recurrent = self.space.kind == RECURRENT
+        if before is None and asked == "auto" and self.device.type == "cpu" and recurrent:
             fell_back = fell_back or unavailable()
         if fell_back:
             self._incident(f"kernel: the plain one runs, which is slower: {fell_back}")
@@ -485,7 +486,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
     results: dict[str, Any] = {
         "format": FORMAT,
         "name": recipe.name,
-        "objective": {"name": objective.name, "unit": objective.unit, "direction": objective.direction},
+        "objective": {key: value for key, value in asdict(objective).items() if value is not None},
         "data": task.data(),
         "environment": experiment.environment(),
         "seed": recipe.seed,
@@ -516,7 +517,24 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         results["diagram"] = {"title": diagram.title, "nodes": diagram.nodes, "edges": diagram.edges}
     if any(score["split"] == "test" for score in results["scores"]):
         results["verdict"] = summarise(results["scores"], objective, recipe.level)
+        results |= _details(run)
     return results
+
+
+def _details(run: Run) -> dict[str, Any]:
+    """`details` of the test of the model that is handed over, where its task gives any."""
+    model = _exported(run)
+    tested = read_result(run.job(f"test-searched-{model['seed']}")) if model else None
+    if not model or not tested or "details" not in tested:
+        return {}
+    return {"details": {"model": "searched", "seed": model["seed"], **tested["details"]}}
+
+
+def _exported(run: Run) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError):
+        document = json.loads((run.path / "model.json").read_text(encoding="utf-8"))
+        return document if isinstance(document, dict) and "seed" in document else None
+    return None
 
 
 def _score(experiment: Experiment, name: str, result: dict[str, Any]) -> dict[str, Any]:

@@ -75,6 +75,15 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     _attempt(path, write)
 
 
+def move_into_place(beside: Path, path: Path) -> None:
+    """Rename a whole file that another library wrote `beside` its place.
+
+    Raises:
+        UserError: it cannot be done.
+    """
+    _attempt(path, lambda: os.replace(beside, path))
+
+
 def append_line(path: Path, line: str) -> None:
     """Add one line to a log; a part of it that a failed attempt wrote is taken back.
 

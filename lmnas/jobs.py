@@ -200,12 +200,13 @@ def load_model(recipe: Recipe, task: Task, spec: dict[str, Any], weights: Path) 
 def evaluate_saved(
     run: Path, recipe: Recipe, spec: dict[str, Any], weights: Path, device: torch.device, job: Job | None = None
 ) -> dict[str, Any]:
-    """The test score of saved weights; `spec` is the fit job's."""
+    """The test score of saved weights, with what the task details of it; `spec` is the fit job's."""
     task = open_task(recipe)
     net = load_model(recipe, task, spec, weights).to(device)
     tick = None if job is None else (lambda done: job.progress(done, 1.0, "testing"))
     score = task.evaluate(net, "test", recipe.train.training.batch_settings(task), tick=tick)
-    return {"value": score.value, "n_predictions": score.n_predictions, "split": score.split}
+    found = {"value": score.value, "n_predictions": score.n_predictions, "split": score.split}
+    return {**found, "details": dict(score.details)} if score.details else found
 
 
 KINDS: dict[str, Callable[..., dict[str, Any]]] = {

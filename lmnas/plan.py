@@ -38,6 +38,8 @@ from lmnas.train import Training
 
 SMALL_CHUNK = DEFAULT_CHUNK // 8
 """Logits held at once where memory is short."""
+RECURRENT = "recurrent"
+"""The kind of body that there is a fused kernel for."""
 BACKWARD = 2.0
 """Operations of backward, in forwards."""
 
@@ -63,6 +65,13 @@ def plan(recipe: Recipe, run: Path | None = None, asked: str | None = None) -> P
 def _kernel(recipe: Recipe, device: torch.device, before: Pin | None, asked: str) -> tuple[Decided, str]:
     if before is not None and asked in ("auto", before.kernel):
         return before.kernel, before.why
+    kind = registry.component("space", recipe.space["name"]).kind
+    if kind != RECURRENT:
+        if asked == "fused":
+            raise UserError(
+                f"kernel 'fused' is for recurrent cells; space {recipe.space['name']!r} makes {kind} bodies"
+            )
+        return "reference", f"{kind} bodies have no other"
     if asked == "fused":
         problem = unavailable()
         if problem:

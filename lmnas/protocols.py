@@ -35,11 +35,19 @@ State = Any
 
 @dataclass(frozen=True)
 class Objective:
-    """What is measured. `unit` reads after the number: 112.3 `per word`."""
+    """What is measured. `unit` reads after the number: 112.3 `per word`.
+
+    Attributes:
+        worst: the worst value that there can be, where there is one (an error rate: 100 %); a reward can then be the
+            share of it that was avoided.
+        items: what predictions are made for, and throughput counts (`images`); None: tokens.
+    """
 
     name: str
     unit: str
     direction: Literal["minimize", "maximize"]
+    worst: float | None = None
+    items: Literal["tokens", "images"] | None = None
 
     def better(self, first: float, second: float) -> bool:
         """Whether `first` beats `second`; a value that is not finite beats nothing."""
@@ -56,11 +64,16 @@ class Objective:
 
 @dataclass(frozen=True)
 class Score:
-    """One measured value: on which split, over how many predictions."""
+    """One measured value: on which split, over how many predictions.
+
+    `details` are what a task can say beyond the value about the test split (plain data): they are recorded with it, and
+    the report draws those that it knows (`confusion`, `calibration`).
+    """
 
     value: float
     split: str
     n_predictions: int
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,9 +122,12 @@ class Diagram:
 class Body(Protocol):
     """The searched part of a model (an `nn.Module`). Recurrent kind: (T, B, H) -> (T, B, H).
 
-    Image kind: (B, 3, S, S) -> (B, F), F its `n_features`; the state is None. `maps(inputs, masks, choice)` gives the
-    features and what an auxiliary head reads, (B, `auxiliary_channels`, S', S'). Batch norms keep running statistics in
-    stand-alone bodies (`train()` and `eval()` are the task's to call) and take batch statistics always in supernets.
+    Image kind: (B, 3, S, S) -> (B, F), the pooled features of the last cell; `state` is None, in and out. It has
+    `n_features` (F), and for an auxiliary head `auxiliary_channels` (C') and `maps(inputs, masks, choice)` -> the
+    features and the map (B, C', S', S') at two thirds of the depth, just after the second reduction. `width` are the
+    channels that it starts from. Its only masks are those of drop-path, for the rate `path`: (B, 1, 1, 1) for each
+    branch that is no identity. Supernets normalise by the batch and keep no running statistics, so that weights are
+    all their state; stand-alone bodies keep them, for evaluation.
     """
 
     width: int
@@ -145,7 +161,7 @@ class Space(Protocol):
     kind: str
     """Which bodies it makes: a task lists the kinds it can wrap. `recurrent`: (T, B, H) -> (T, B, H), causal.
     `transformer`: (T, B, H) -> (T, B, F), F its `n_features`; it looks both ways, carries no state, and takes the
-    `lengths` (B,) of padded sequences. `image`: (B, 3, S, S) -> (B, F)."""
+    `lengths` (B,) of padded sequences. `image`: (B, 3, S, S) -> (B, F); see `Body`."""
     decisions: Decisions
 
     @classmethod
@@ -247,7 +263,10 @@ class SharingStrategy(Strategy, Protocol):
 
 
 class Estimator(Protocol):
-    """Scores genotypes. `__init__(space, task, seed, device, *, settings...)`."""
+    """Scores genotypes. `__init__(space, task, seed, device, *, settings...)`.
+
+    One that cannot score every kind of body has `kinds`, those that it can.
+    """
 
     provides: frozenset[str]
     """Capabilities it offers a strategy."""
@@ -309,6 +328,9 @@ class Model(Protocol):
     A class may have `forward_many(models, batches, carries, masks)`, the results of calling each of several models of
     one size, for `train.fit_many`; and a body's class `forward_many(bodies, inputs, states, masks)`, with inputs and
     outputs of (S, T, B, H) for S bodies whose state is their last output. Others run one after the other.
+
+    A model is in train mode but while its task evaluates it. `training_only` is a part, where it has one, that a user
+    of the trained model never runs (an auxiliary head): its parameters are not counted.
     """
 
     def initialise(self, generator: torch.Generator) -> None: ...
@@ -356,7 +378,7 @@ class Task(Protocol):
     ) -> Score: ...
 
     def score_text(self, model: nn.Module, text: str) -> Score:
-        """The metric on new raw text, for users of a trained model."""
+        """The metric on new raw data, for users of a trained model: a text, or the path of a folder of images."""
         ...
 
     def save_assets(self, directory: Path) -> None:

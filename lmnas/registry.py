@@ -19,6 +19,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "space": {
         "recurrent-cell": "lmnas.spaces.recurrent_cell:RecurrentCell",
         "lstm": "lmnas.spaces.lstm:LSTM",
+        "resnet": "lmnas.spaces.resnet:ResNet",
         "flexibert": "lmnas.spaces.flexibert:FlexiBERT",
         "recurrent-graph": "lmnas.spaces.recurrent_graph:RecurrentGraph",
         "enas-macro": "lmnas.spaces.conv_macro:ConvMacro",
@@ -39,6 +40,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     },
     "task": {
         "language-modeling": "lmnas.tasks.language_modeling:LanguageModeling",
+        "image-classification": "lmnas.tasks.image_classification:ImageClassification",
     },
 }
 

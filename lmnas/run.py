@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 import lmnas
 from lmnas.config import Recipe, differences, load_recipe, resolved
 from lmnas.errors import UserError
-from lmnas.files import append_line, not_written, write_atomic, write_json
+from lmnas.files import append_line, move_into_place, not_written, write_atomic, write_json
 from lmnas.genotype import Genotype
 from lmnas.kernels import kernel_in_use
 from lmnas.protocols import Objective, Space, Trial
@@ -82,8 +82,20 @@ class Run:
 
     @functools.cached_property
     def storage(self) -> RDBStorage:
-        """`study.db`, opened once, since opening takes a while."""
-        return RDBStorage(f"sqlite:///{self.path / 'study.db'}")
+        """`study.db`, opened once, since opening takes a while.
+
+        It is made beside its place: tables and their indices come one after the other, and a kill between them would
+        leave a database that takes the same study twice.
+        """
+        path, beside = self.path / "study.db", self.path / ".study.db.tmp"
+        if not path.exists():
+            for left in (beside, Path(f"{beside}-journal")):
+                left.unlink(missing_ok=True)
+            made = RDBStorage(f"sqlite:///{beside}")
+            made.remove_session()
+            made.engine.dispose()
+            move_into_place(beside, path)
+        return RDBStorage(f"sqlite:///{path}")
 
     def close(self) -> None:
         if "storage" in self.__dict__:

@@ -298,7 +298,10 @@ def initialise(model: nn.Module, seed: int) -> nn.Module:
 
 
 def n_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters of the model that its user runs."""
+    unused = getattr(model, "training_only", None)
+    left_out = sum(parameter.numel() for parameter in unused.parameters()) if unused is not None else 0
+    return sum(parameter.numel() for parameter in model.parameters()) - left_out
 
 
 def fit(

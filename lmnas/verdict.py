@@ -16,10 +16,15 @@ from lmnas.protocols import Objective
 
 TEST = "Welch's t-test, two-sided"
 SEARCHED = "searched"
-NAMES = {SEARCHED: "the searched cell", "random": "the random-search cell", "lstm": "the LSTM"}
+NAMES = {
+    SEARCHED: "the searched cell",
+    "random": "the random-search cell",
+    "lstm": "the LSTM",
+    "resnet": "the ResNet",
+}
 """How a model of the records is called in a sentence, in the order of the table."""
-COMPARED = ("lstm", "random")
-"""Baselines every verdict wants, in the order of the sentence."""
+COMPARED = {"tokens": ("lstm", "random"), "images": ("resnet", "random")}
+"""Baselines that a verdict wants, in the order of the sentence, by what predictions are made for."""
 
 Record = Mapping[str, Any]
 
@@ -44,7 +49,7 @@ def summarise(scores: Sequence[Record], objective: Objective, level: float = 0.0
     models = {name: _describe(name, runs[name], level) for name in sorted(runs, key=_order)}
     comparisons = [
         _compare(runs, models, name, objective, level)
-        for name in sorted(runs, key=lambda name: _order(name, COMPARED))
+        for name in sorted(runs, key=lambda name: _order(name, _wanted(objective)))
         if name != SEARCHED and models[name]["n"] and models.get(SEARCHED, {"n": 0})["n"]
     ]
     return {
@@ -62,6 +67,10 @@ def format_value(value: float | None, digits: int = 4) -> str:
         return "-"
     magnitude = math.floor(math.log10(abs(value))) if value else 0
     return f"{value:.{max(0, digits - 1 - magnitude)}f}"
+
+
+def _wanted(objective: Objective) -> tuple[str, ...]:
+    return COMPARED[objective.items or "tokens"]
 
 
 def _order(model: str, first: Sequence[str] = tuple(NAMES)) -> tuple[int, str]:
@@ -166,7 +175,7 @@ def _sentence(models: Mapping[str, Record], comparisons: Sequence[Record], objec
         mean = format_value(searched["mean"])
         clauses.append(f"the searched cell reached test {objective.name} {mean}; there is no baseline to compare with")
     sentences = ["; ".join(clauses)]
-    sentences += [f"{_name(model)} was not run" for model in COMPARED if model not in models]
+    sentences += [f"{_name(model)} was not run" for model in _wanted(objective) if model not in models]
     sentences += [_diverged(row) for row in models.values() if row["diverged"]]
     if any(comparison["p_value"] is not None for comparison in comparisons):
         sentences.append(f"{TEST}, level {level:g}, {_seeds(models)}")

@@ -65,6 +65,22 @@ def recipe(data: Path, **changes: Any) -> dict[str, Any]:
     return {**document, **changes}
 
 
+def image_recipe(data: Path) -> dict[str, Any]:
+    """The whole job on small pictures, with augmentation, batch norm, paths left out, momentum and a cosine."""
+    training = {
+        "epochs": 3,
+        "model": {"width": 2, "dropout": 0.2, "drop_path": 0.3, "label_smoothing": 0.1},
+        "batches": {"batch_size": 4, "crop": 2, "cutout": 3},
+        "optimizer": {"learning_rate": 0.05, "momentum": 0.9, "nesterov": True, "schedule": "cosine", "patience": 1},
+        "checkpoint_steps": 5,
+    }
+    return tiny.image_recipe(
+        data,
+        estimator={"name": "standalone", "training": {**training, "epochs": 1}},
+        train={"seeds": 1, "training": training},
+    )
+
+
 def go(path: Path, document: dict[str, Any], stages: tuple[str, ...] = WITHOUT_REPORT) -> dict[str, Any]:
     """Start or continue a run, in this process."""
     with Run(path, load_recipe(document)) as run, Display(quiet=True) as display:

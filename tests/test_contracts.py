@@ -66,7 +66,18 @@ def make_space(name, **settings):
 
 
 def make_task(name, text):
-    return registry.create("task", {"name": name, **known("task", name, {"data": str(text)})})
+    """On the small text, or on small pictures beside it."""
+    data = text
+    if "image" in registry.component("task", name).kinds:
+        data = text.parent / "pictures"
+        if not data.is_dir():
+            tiny.pictures(data, n_train=8, n_valid=3, size=PIXELS)
+    return registry.create("task", {"name": name, **known("task", name, {"data": str(data)})})
+
+
+def new_data(task, text):
+    """What a user of the trained model would have it score."""
+    return str(text.parent / "pictures" / "test") if "image" in task.kinds else tiny.text(2)
 
 
 def settings_for(target):
@@ -498,4 +509,4 @@ def test_it_hands_over_what_a_user_needs(name, text, tmp_path):
     task = make_task(name, text)
     task.save_assets(tmp_path)
     assert list(tmp_path.iterdir())
-    assert math.isfinite(task.score_text(make_model(task), tiny.text(2)).value)
+    assert math.isfinite(task.score_text(make_model(task), new_data(task, text)).value)

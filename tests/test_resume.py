@@ -15,6 +15,7 @@ import tiny
 import torch
 import yaml
 from killing import assert_same, child, finished, forked, go, history, incidents, until
+from sqlalchemy.sql.ddl import SchemaGenerator
 
 from lmnas import cli, files, jobs
 from lmnas.config import load_recipe
@@ -44,7 +45,9 @@ STRATEGIES = {
     "standalone": {
         "estimator": {"name": "standalone", "training": tiny.training(checkpoint_steps=5)},
     },
+    "images": None,
 }
+"""What differs from the recipe on a text; None: that on pictures."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,7 +75,11 @@ def untouched(data, tmp_path_factory):
     def get(strategy):
         if strategy not in known:
             path = tmp_path_factory.mktemp(strategy) / "run"
-            document = killing.recipe(data, **STRATEGIES[strategy])
+            changes = STRATEGIES[strategy]
+            if changes is None:
+                document = killing.image_recipe(tiny.pictures(path.parent / "pictures", n_train=12))
+            else:
+                document = killing.recipe(data, **changes)
             known[strategy] = (document, path, *killing.measure(lambda: go(path, document)))
         return known[strategy]
 
@@ -192,6 +199,17 @@ def test_broken_checkpoints_a_torn_event_and_a_lost_database_are_made_good(untou
     (tmp_path / "study.db").unlink()
     go(tmp_path, document)
     assert incidents(tmp_path)[-1] == "no good checkpoint is left; starting over"
+    assert_same(tmp_path, reference)
+
+
+def test_a_kill_while_the_database_is_made(untouched, tmp_path):
+    """Between a table and its index: without the index, a study would be made twice."""
+    document, reference, _, _ = untouched("random")
+    killing.killed_in(
+        lambda: go(tmp_path, document), SchemaGenerator, "visit_index", lambda *_, **__: True, before=True
+    )
+    assert not (tmp_path / "study.db").exists()
+    go(tmp_path, document)
     assert_same(tmp_path, reference)
 
 

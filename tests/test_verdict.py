@@ -45,6 +45,16 @@ def test_worked_by_hand():
     assert row["conclusion"] == "no evidence"
 
 
+def test_images_want_a_residual_network():
+    """The hand-made baseline is named as what it is, and missed where it was not run."""
+    error = Objective("error", "%", "minimize", worst=100.0, items="images")
+    verdict = summarise(scores(searched=[5.0, 5.2], resnet=[8.0, 8.1]), error)
+    assert "The searched cell beats the ResNet (test error 5.100 against 8.050" in verdict["sentence"]
+    assert "random-search cell was not run" in verdict["sentence"] and "LSTM" not in verdict["sentence"]
+    alone = summarise(scores(searched=[5.0]), error)["sentence"]
+    assert "The ResNet was not run." in alone and "LSTM" not in alone
+
+
 def test_published_example():
     """Student's sleep data as in R's manual: `t.test(extra ~ group, data = sleep)` gives t = -1.8608, p = 0.07939."""
     first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]

@@ -31,6 +31,7 @@ class Proxy:
     provides: frozenset[str] = frozenset()
     is_proxy = True
     is_cheap = True
+    kinds = frozenset({"recurrent"})
 
     def __init__(
         self,

@@ -23,6 +23,8 @@ Records = Mapping[str, Any]
 STAGES = {"search": "search", "select": "selection", "train": "training", "test": "test"}
 JOB = re.compile(r"(search|select|train)(?:-(.+))?-(\d+)")
 """Name of a job's folder: stage, what it trains (a genotype's id or a model), seed."""
+CONFUSED = 8
+"""Pairs of classes listed as the most frequent mistakes."""
 SHOWN = 30
 """Candidates listed per stage; a search may have thousands."""
 
@@ -91,6 +93,7 @@ def write_report(run_dir: Path) -> Path:
         _learning(curves, objective),
         _search(curves),
         _candidates(results.get("candidates") or [], objective),
+        _predictions(results.get("details") or {}),
         _data(results),
         _section("Environment", _pairs(results.get("environment") or {}) or _absent("Nothing is recorded yet.")),
         _section("Recipe", f"<pre>{_text(recipe)}</pre>" if recipe else _absent("There is no recipe.yaml.")),
@@ -129,7 +132,8 @@ def _read_curves(jobs: Path, results: Records) -> list[Curve]:
     for path in sorted(jobs.glob("*/events.jsonl")):
         if match := JOB.fullmatch(path.parent.name):
             stage, what, seed = match.groups()
-            model = (sources.get(what) if stage == "select" else what) or SEARCHED
+            models = {"select": sources.get(what), "train": what}
+            model = models.get(stage) or SEARCHED
             curves.append(Curve(stage, model, int(seed), read_events(path)))
     return curves
 
@@ -285,12 +289,60 @@ def _candidate_table(candidates: Sequence[Records], objective: Objective) -> str
     return _markup_table(columns, rows, numbers=()) + note
 
 
+def _predictions(details: Records) -> str:
+    """What the handed-over model predicts on the test split; nothing for tasks without such details."""
+    figures, parts = [], []
+    names, counts = details.get("classes") or [], details.get("confusion") or []
+    if counts:
+        if len(counts) <= plots.LARGEST_TABLE:
+            parts.append(_figure(plots.confusion_table(names, counts), "True classes against predicted", "confusion"))
+        found = sorted(
+            (
+                (count, true, taken)
+                for true, row in enumerate(counts)
+                for taken, count in enumerate(row)
+                if true != taken
+            ),
+            key=lambda entry: (-entry[0], entry[1:]),
+        )
+        rows = [[names[true], names[taken], str(count)] for count, true, taken in found[:CONFUSED] if count]
+        if rows:
+            table = _table(["class", "taken for", "images"], rows, numbers=(2,))
+            parts += ["<h3>Most frequent mistakes</h3>", table]
+        wrong = [
+            [name, f"{sum(row):,}", _share(sum(row) - row[i], sum(row))]
+            for i, (name, row) in enumerate(zip(names, counts, strict=True))
+        ]
+        parts.append(_details("By class", _table(["class", "images", "error"], wrong)))
+    measured = details.get("calibration") or {}
+    if measured.get("bins"):
+        figures.append(
+            _figure(
+                plots.reliability(measured["bins"]),
+                f"Confidence against accuracy; expected calibration error {100 * measured['error']:.2f} % over "
+                f"{len(measured['bins'])} bins",
+                "reliability",
+            )
+        )
+    if not figures and not parts:
+        return ""
+    note = (
+        f'<p class="faint">On the test split, by the model that is handed over (seed {_text(details.get("seed"))}).</p>'
+    )
+    return _section("What it predicts", "\n".join([note, *parts, _grid(figures)]))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
 def _data(results: Records) -> str:
     data, costs = results.get("data") or {}, results.get("costs") or {}
     parts = []
     if data:
-        shown = {key: value for key, value in data.items() if key != "tokens"}
-        shown |= {f"{split} tokens": count for split, count in (data.get("tokens") or {}).items()}
+        shown = {key: value for key, value in data.items() if key not in ("tokens", "images")}
+        for items in ("tokens", "images"):
+            shown |= {f"{split} {items}": count for split, count in (data.get(items) or {}).items()}
         parts.append(_pairs(shown))
     if costs:
         parts += ["<h3>What it cost</h3>", _pairs(costs)]

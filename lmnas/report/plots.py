@@ -15,6 +15,7 @@ from typing import IO, Any, Literal
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy import stats
@@ -32,6 +33,8 @@ OUTPUT_FILL = "#d3edda"
 MODEL_COLOURS = {"searched": "#2f7fd1", "random": "#d9822b", "lstm": "#3d9a6d"}
 OTHER_COLOURS = ("#a05ec9", "#c2527a", "#8a8f2d", "#4aa3b0", "#7d6b5d")
 OP_COLOURS = (*MODEL_COLOURS.values(), *OTHER_COLOURS)
+
+TABLE_COLOUR = MODEL_COLOURS["searched"]
 
 FONT_SIZE = 9
 STYLE: Any = {
@@ -180,6 +183,58 @@ def candidate_plot(candidates: Sequence[Mapping[str, Any]], objective: Objective
     if len(pairs) > 2 and math.isfinite(tau):
         caption += f"; Kendall's tau {tau:.2f} (1: same order, 0: unrelated)"
     return caption, _svg(figure)
+
+
+LARGEST_TABLE = 30
+"""Classes that a confusion table is drawn of; a larger one cannot be read."""
+
+
+def confusion_table(names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """SVG of a (K, K) table: rows are the true classes and are shaded by their share, the counts written in."""
+    table = np.asarray(counts, dtype=float)
+    k = len(table)
+    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    with matplotlib.rc_context(STYLE):
+        side = max(3.8, 0.9 + 0.36 * k)
+        figure = Figure(figsize=(side, side), layout="constrained")
+        panel = figure.subplots()
+        # the root brings the few mistakes out beside the diagonal
+        shades = LinearSegmentedColormap.from_list(
+            "shades", [(*to_rgb(TABLE_COLOUR), 0.0), (*to_rgb(TABLE_COLOUR), 0.9)]
+        )
+        panel.pcolormesh(np.arange(k + 1), np.arange(k + 1), np.sqrt(share), cmap=shades, vmin=0, vmax=1)
+        for true in range(k):
+            for taken in range(k):
+                if table[true, taken]:
+                    count = f"{int(table[true, taken])}"
+                    panel.text(taken + 0.5, true + 0.5, count, ha="center", va="center", fontsize=FONT_SIZE - 2)
+        panel.set_xticks(np.arange(k) + 0.5, names, rotation=90)
+        panel.set_yticks(np.arange(k) + 0.5, names)
+        panel.set_xlim(0, k)
+        panel.set_ylim(k, 0)
+        panel.set_xlabel("predicted")
+        panel.set_ylabel("true")
+        panel.grid(False)
+        panel.tick_params(length=0)
+    return _svg(figure)
+
+
+def reliability(bins: Sequence[Sequence[Any]]) -> str:
+    """SVG of accuracy by confidence, a bar for each bin of (images, mean confidence, accuracy), and of the images that
+    fall into it; on the diagonal confidence is right."""
+    edges = np.linspace(0, 1, len(bins) + 1)
+    middle, width = (edges[:-1] + edges[1:]) / 2, 1 / len(bins)
+    with matplotlib.rc_context(STYLE):
+        figure, (above, below) = _panels(["accuracy", "images"], "confidence")
+        accuracy = [0.0 if accurate is None else accurate for _, _, accurate in bins]
+        above.bar(middle, accuracy, 0.9 * width, color=TABLE_COLOUR, alpha=0.6)
+        above.plot([0, 1], [0, 1], color=FAINT, linestyle="--")
+        known = [(sure, accurate) for _, sure, accurate in bins if sure is not None]
+        above.plot(*zip(*known, strict=True), "o", color=INK, markersize=3)
+        above.set_ylim(0, 1)
+        below.bar(middle, [count for count, _, _ in bins], 0.9 * width, color=FAINT, alpha=0.6)
+        below.set_xlim(0, 1)
+    return _svg(figure)
 
 
 # ----------------------------------------------------------------------------------------------------------- parts

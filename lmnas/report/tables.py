@@ -15,7 +15,15 @@ Verdict = Mapping[str, Any]
 def header(verdict: Verdict, objective: Objective) -> list[str]:
     """Column titles; the first column is text, the others are numbers."""
     interval = f"{100 * (1 - verdict['level']):g} % interval"
-    return ["model", f"test {objective.name}, mean", interval, "n", "parameters", "tokens/s", "seconds"]
+    return [
+        "model",
+        f"test {objective.name}, mean",
+        interval,
+        "n",
+        "parameters",
+        f"{objective.items or 'tokens'}/s",
+        "seconds",
+    ]
 
 
 def rows(verdict: Verdict) -> list[list[str]]:

@@ -56,8 +56,9 @@ class Reinforce:
         tanh_constant: C; null: logits as they are.
         entropy_weight: reward per nat.
         baseline_start: mean R' of the first told batch, or 0.
-        reward_scale: c in R = c / value, where the objective is minimised; a maximised value is the reward itself. A
-            failed trial has R = 0.
+        reward_scale: c in R = c / value, where the objective is minimised; a maximised value is the reward itself, and
+            a minimised one that has a worst value gives R = 1 - value / worst (an error rate: the accuracy). A failed
+            trial has R = 0.
         locality: index logits lose (l - j)^2 / locality; null: no prior.
         init_range: weights start uniform within ± this.
         category_constant: C of categories, the choices that are no index; null: `tanh_constant`.
@@ -179,6 +180,8 @@ class Reinforce:
             return 0.0
         if self.objective.direction == "maximize":
             return value
+        if self.objective.worst is not None:
+            return 1 - value / self.objective.worst
         if value <= 0:
             raise UserError(
                 f"reinforce: the reward {self.reward_scale:g} / {self.objective.name} needs values above 0, got {value}"

@@ -336,10 +336,10 @@ def _build(folder: Path, name: str, parts: Mapping[str, _Part], settings: Mappin
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
-            with _replacing(folder / f"{split}.npy") as file:
+            with replacing(folder / f"{split}.npy") as file:
                 if not _write(file, parts[split].tokens(rule), index, sizes[split]):
                     raise UserError(f"the {split} text of {name} changed while it was read; try again")
-        with _replacing(folder / "meta.json") as file:  # last: it says that the entry is complete
+        with replacing(folder / "meta.json") as file:  # last: it says that the entry is complete
             file.write(json.dumps(meta).encode())
     except OSError as error:
         raise UserError(f"cannot write the token cache {folder} ({error.strerror}); set LMNAS_CACHE") from error
@@ -389,7 +389,7 @@ def _write(file: BinaryIO, lines: Iterator[list[str]], index: Mapping[str, int],
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file under a name of its own, renamed to `path` when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:

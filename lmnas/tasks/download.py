@@ -1,8 +1,8 @@
-"""Where the named corpora come from: Python itself (pydoc), a local folder, or a download.
+"""Where the named data sets come from: Python itself (pydoc), a local folder, or a download.
 
 Checksums: WikiText's are those torchtext published for the original (now closed) host; the author's own mirror, used
 here, serves the same archives. Penn Treebank's (Mikolov's preprocessing) are those of the widely mirrored text, as the
-LM Evaluation Harness pins them.
+LM Evaluation Harness pins them. CIFAR-10's is the MD5 that its page states.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ from lmnas.errors import UserError
 
 @dataclass(frozen=True)
 class Remote:
-    """A file to download, with the sha256 that it must have."""
+    """A file to download, with the checksum that it must have: 64 hex digits are a SHA-256, 32 an MD5."""
 
     url: str
-    sha256: str
+    checksum: str
 
 
 SPLITS = ("train", "valid", "test")
@@ -52,6 +52,7 @@ REMOTES: dict[str, tuple[Remote, ...]] = {
     "wikitext-103": (
         Remote(f"{_WIKITEXT}/wikitext-103-v1.zip", "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"),
     ),
+    "cifar10": (Remote("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),),
 }
 
 
@@ -117,7 +118,7 @@ def split_topics(topics: Mapping[str, str]) -> dict[str, str]:
 
 
 def fetch(name: str, folder: Path, by_hand: str) -> None:
-    """Download corpus `name` and put its files, zips unpacked, into `folder`.
+    """Download data set `name` and put its files, zips unpacked, into `folder`.
 
     Args:
         by_hand: what the user can do instead; ends every error's line.
@@ -136,7 +137,8 @@ def fetch(name: str, folder: Path, by_hand: str) -> None:
                 # The WikiText mirror turns away clients that give themselves out as plain Python.
                 downloader = pooch.HTTPDownloader(headers={"User-Agent": "lmnas"})
                 target = url.rsplit("/", 1)[-1]
-                file = Path(pooch.retrieve(url, f"sha256:{remote.sha256}", target, staging, downloader=downloader))
+                known = f"{'md5' if len(remote.checksum) == 32 else 'sha256'}:{remote.checksum}"
+                file = Path(pooch.retrieve(url, known, target, staging, downloader=downloader))
                 if file.suffix == ".zip":
                     unzip(file, Path(staging))
                     file.unlink()

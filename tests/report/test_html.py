@@ -128,6 +128,54 @@ def test_finished_run(run_dir):
     assert text.index("beats the LSTM") < text.index("The cell")
 
 
+def of_images(run_dir):
+    """The run's records, as those of an image task."""
+    results = json.loads((run_dir / "results.json").read_text())
+    objective = {"name": "error", "unit": "%", "direction": "minimize", "worst": 100.0, "items": "images"}
+    bins = [[0, None, None], [40, 0.6, 0.5], [60, 0.9, 0.95]]
+    results |= {
+        "objective": objective,
+        "data": {"name": "mine", "images": {"train": 4321, "test": 100}, "classes": 3},
+        "details": {
+            "model": "searched",
+            "seed": 1,
+            "classes": ["cat", EVIL, "ship"],
+            "confusion": [[30, 7, 0], [3, 25, 1], [0, 0, 34]],
+            "calibration": {"error": 0.07, "bins": bins},
+        },
+        "verdict": summarise(results["scores"], Objective(**objective)),
+    }
+    (run_dir / "results.json").write_text(json.dumps(results))
+    return results
+
+
+def test_what_a_classifier_predicts(run_dir):
+    of_images(run_dir)
+    text = check(write_report(run_dir))
+    for wanted in (
+        "by the model that is handed over (seed 1)",
+        "True classes against predicted",
+        "expected calibration error 7.00 % over 3 bins",
+        "Most frequent mistakes",
+        "images/s",
+        "4,321",
+        "18.9 %",  # 7 of 37 cats
+    ):
+        assert wanted in text, wanted
+    mistakes = text[text.index("Most frequent mistakes") :]
+    assert mistakes.index("7") < mistakes.index("3") and "tokens" not in text
+
+
+def test_a_table_of_too_many_classes_is_listed_alone(run_dir):
+    results = of_images(run_dir)
+    k = 40
+    table = [[2 if i == j else int(j == i + 1) for j in range(k)] for i in range(k)]
+    results["details"] |= {"classes": [f"c{i}" for i in range(k)], "confusion": table}
+    (run_dir / "results.json").write_text(json.dumps(results))
+    text = check(write_report(run_dir))
+    assert "True classes against predicted" not in text and re.search(r"c0\s*c1\s*1", text)
+
+
 def test_names_cannot_become_markup(run_dir):
     page = write_report(run_dir).read_text()
     assert "<script" not in page

@@ -395,6 +395,16 @@ def test_reward_and_baseline_by_hand():
     assert maximised.statistics()["reward"] == pytest.approx(0.2)
 
 
+def test_an_error_rate_is_rewarded_by_its_accuracy():
+    """Errors of 30 % and 0 % are accuracies of 0.7 and 1, whatever the scale of other rewards."""
+    objective = Objective("error", "%", "minimize", worst=100.0)
+    strategy = make(SMALL, objective, entropy_weight=0.0)
+    genotype = Genotype("toy", enumerate_choices(SMALL)[0])
+    strategy.tell([Trial(genotype, 30.0), Trial(genotype, 0.0)])
+    assert strategy.statistics()["reward"] == pytest.approx(0.85)
+    assert strategy.reward(100.0) == 0 == strategy.reward(None) == strategy.reward(float("nan"))
+
+
 @pytest.mark.parametrize("objective", [MINIMIZE, MAXIMIZE])
 def test_failed_trials_have_reward_zero_and_break_nothing(objective):
     strategy = make(MIXED, objective)
