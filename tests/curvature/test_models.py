@@ -11,7 +11,7 @@ from torch import nn
 import lmnas.curvature.models
 from lmnas.curvature import METHODS, diagonal, hutchinson_diagonal, softmax_head
 from lmnas.errors import UserError
-from lmnas.kernels import kernel_in_use, plain, set_kernel
+from lmnas.kernels import dispatch, kernel_in_use
 from lmnas.protocols import Batch
 from lmnas.seeds import generator
 from lmnas.spaces.recurrent_cell import RecurrentCell
@@ -178,7 +178,6 @@ def test_hutchinson_is_unbiased(trained):
 def test_methods_rank_switches_of_trained_networks_alike(trained):
     exact = trained.find("exact")
     correlations = {name: stats.spearmanr(exact, trained.find(name)).statistic for name in METHODS}
-    print(correlations)
     assert correlations["gauss-newton"] > 0.9 and correlations["sampled"] > 0.8
     assert correlations["recursion"] > 0.5
 
@@ -245,14 +244,21 @@ def test_batches_are_averaged_and_nothing_changes(method, trained):
             assert (small - large).abs().max() < 1e-3 * large.max()
 
 
-def test_the_plain_kernel_inside_only():
-    before = kernel_in_use()
-    try:
-        with plain():
-            assert kernel_in_use() == "reference"
-        assert kernel_in_use() == before
-    finally:
-        set_kernel(before)
+def test_every_method_runs_plain_kernels_whatever_was_chosen(monkeypatch, trained):
+    """The fused kernel is differentiable once, and backward only."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a kernel that has no second derivatives")
+
+    expected = {name: trained.find(name) for name in METHODS}
+    monkeypatch.setattr(dispatch, "_used", "fused")
+    monkeypatch.setattr(dispatch.fused, "recurrent_mixture", refuse)
+    monkeypatch.setattr(dispatch.fused, "linear_cross_entropy", refuse)
+    with pytest.raises(AssertionError, match="no second derivatives"):
+        trained.loss(trained.mixture)
+    for name in METHODS:
+        assert torch.equal(trained.find(name), expected[name])
+    assert kernel_in_use() == "fused"
 
 
 class NoClassifier(nn.Module):
