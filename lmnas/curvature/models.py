@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmnas.curvature.generic import (
     chunk_of,
@@ -129,27 +130,35 @@ def _sampled(
             f"curvature 'sampled': batch_norm {body.space.batch_norm!r} couples the sequences of a batch, whose "
             "gradients are squared one by one; set it to 'none', or take 'gauss-newton'"
         )
+    if any(isinstance(module, _BatchNorm) and module.training for module in model.modules()):
+        raise UserError(
+            "curvature 'sampled': batch norm in training mode couples the examples of a batch, whose gradients are "
+            "squared one by one; call eval() on the model, or take 'gauss-newton'"
+        )
     cell = _cell(model, batch, carry, mixture)
     if cell is not None and not cell.weighs_nodes:
         return _sampled_cell(model, batch, cell, mixture, noise, draws)
     flat = _Flat(mixture)
     axis = batch.targets.dim() - 1
     n_sequences = batch.targets.shape[axis]
-    if carry is None:
-        carry = model.body.initial_state(n_sequences)
+    if carry is None and hasattr(body, "initial_state"):
+        carry = body.initial_state(n_sequences)
+    states = () if carry is None else (carry,)
+    state_dims = tuple(_map(state, lambda part: part.dim() - 2) for state in states)
     total = torch.zeros_like(flat.values)
 
-    def log_likelihood(values: Tensor, inputs: Tensor, labels: Tensor, state: State) -> Tensor:
+    def log_likelihood(values: Tensor, inputs: Tensor, labels: Tensor, *states: State) -> Tensor:
         alone = Batch(inputs.unsqueeze(axis), labels.unsqueeze(axis))
-        features = model.features(alone, _map(state, lambda part: part.unsqueeze(-2)), flat.mixture(values))
+        state = _map(states[0], lambda part: part.unsqueeze(-2)) if states else None
+        features = model.features(alone, state, flat.mixture(values))
         return -F.cross_entropy(F.linear(features, *model.output_layer()), labels.flatten(), reduction="sum")
 
     with _constant(model):
         probabilities = _probabilities(model, batch, carry, mixture)
         for _ in range(draws):
             labels = _draw(probabilities, noise).view_as(batch.targets)
-            dims = (axis, axis, _map(carry, lambda part: part.dim() - 2))
-            total += squared_gradients(log_likelihood, flat.values, (batch.inputs, labels, carry), dims)
+            examples, dims = (batch.inputs, labels, *states), (axis, axis, *state_dims)
+            total += squared_gradients(log_likelihood, flat.values, examples, dims)
     return flat.mixture(total / (draws * batch.targets.numel()))
 
 

@@ -1,6 +1,8 @@
 """Every method against the exact second derivative, on small supernets before and after training."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,6 +284,43 @@ def test_refusals(method, space, options, message):
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
+class Pictures(nn.Module):
+    """A mixture of two linear maps with activations before a softmax: (B, 5) -> 3 classes, no state."""
+
+    def __init__(self, norm=False):
+        super().__init__()
+        noise = generator(0, "pictures")
+        self.maps = nn.Parameter(torch.randn(2, 5, 4, generator=noise, dtype=DOUBLE))
+        self.head = nn.Parameter(torch.randn(3, 4, generator=noise, dtype=DOUBLE))
+        self.norm = nn.BatchNorm1d(4, affine=False).double() if norm else nn.Identity()
+
+    def features(self, batch, carry, choice=None):
+        return self.norm(torch.einsum("k,bi,kih->bh", choice["ops"][0], batch.inputs, self.maps).tanh())
+
+    def output_layer(self):
+        return self.head, None
+
+
+def test_models_without_time_or_state():
+    noise = generator(1, "pictures")
+    batch = Batch(torch.randn(40, 5, generator=noise, dtype=DOUBLE), torch.randint(3, (40,), generator=noise))
+    mixture = {"ops": torch.tensor([[0.7, 0.4]], dtype=DOUBLE)}
+    model = Pictures()
+    found = {name: diagonal(name, model, [(batch, None)], mixture, 0)["ops"] for name in ("exact", "gauss-newton")}
+    logits = torch.autograd.functional.jacobian(
+        lambda w: F.linear(model.features(batch, None, {"ops": w}), model.head), mixture["ops"]
+    )
+    p = F.linear(model.features(batch, None, mixture), model.head).softmax(-1)[..., None, None]
+    expected = ((p * logits.square()).sum(1) - (p * logits).sum(1).square()).mean(0)
+    assert torch.allclose(found["gauss-newton"], expected, rtol=1e-10)
+    assert not torch.allclose(found["exact"], expected, rtol=1e-2)
+    sampled = diagonal("sampled", model, [(batch, None)], mixture, 0, draws=300)["ops"]
+    assert torch.allclose(sampled, expected, rtol=0.1)
+    with pytest.raises(UserError, match="batch norm in training mode couples the examples"):
+        diagonal("sampled", Pictures(norm=True), [(batch, None)], mixture, 0)
+    assert diagonal("sampled", Pictures(norm=True).eval(), [(batch, None)], mixture, 0)["ops"].min() > 0
+
+
 def test_models_that_do_not_suit():
     setting = Setting(n_nodes=1)
     with pytest.raises(UserError, match="NoClassifier has no softmax layer"):
@@ -289,3 +328,12 @@ def test_models_that_do_not_suit():
     with pytest.raises(UserError, match="got Linear"):
         model = LanguageModel(nn.Linear(1, 1), 3, ModelSettings(width=1))
         diagonal("recursion", model, setting.batches, setting.mixture, 0)
+
+
+def test_the_page_runs(capsys):
+    """The example of docs/curvature.md."""
+    page = (Path(__file__).parents[2] / "docs" / "curvature.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(block, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [*(f"{method} torch.Size([3, 5])" for method in METHODS), "tensor([ 6., 12.])"]
