@@ -14,6 +14,7 @@ BENCHES: dict[str, str] = {
     "conv": "lmnas.bench.conv",
     "memory": "lmnas.bench.memory",
     "overhead": "lmnas.bench.overhead",
+    "curvature": "lmnas.bench.curvature",
     "nas-bench-nlp": "lmnas.bench.nas_bench_nlp",
     "nas-bench-bert": "lmnas.bench.nas_bench_bert",
 }
