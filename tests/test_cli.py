@@ -324,7 +324,7 @@ def test_images_through_every_stage(finished_images):
 
 
 def test_an_image_model_is_tested_again_and_scores_a_folder(finished_images):
-    run, document, _, pictures = finished_images
+    run, _, _, pictures = finished_images
     tested = answer("test", run)
     assert tested["reloaded"]["difference"] == 0
     opened = lmnas.load(run)
