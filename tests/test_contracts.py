@@ -32,7 +32,7 @@ RATES = {"x": 0.5, "hidden": 0.5, "weight": 0.5, "path": 0.5}
 ENAS = {"n_nodes": 5, "input_activation": "searched", "output": "loose-ends", "sharing": "edge"}
 SIZES = {"width": H, "batch_size": B, "bptt": 7, "eval_batch_size": 2, "test_batch_size": 2}
 """What models and batches may ask for; each task takes those that it has."""
-SMALL = {"darts-conv": {"cells": 3}, "enas-micro": {"cells": 4}}
+SMALL = {"darts-conv": {"cells": 3}, "enas-macro": {"layers": 4}, "enas-micro": {"cells": 4}}
 """Depth as it is tested; `covering` builds at the default one."""
 SPACES = [
     *((name, SMALL.get(name, {})) for name in registry.names("space")),
