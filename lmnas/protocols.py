@@ -122,12 +122,9 @@ class Diagram:
 class Body(Protocol):
     """The searched part of a model (an `nn.Module`). Recurrent kind: (T, B, H) -> (T, B, H).
 
-    Image kind: (B, 3, S, S) -> (B, F), the pooled features of the last cell; `state` is None, in and out. It has
-    `n_features` (F), and for an auxiliary head `auxiliary_channels` (C') and `maps(inputs, masks, choice)` -> the
-    features and the map (B, C', S', S') at two thirds of the depth, just after the second reduction. `width` are the
-    channels that it starts from. Its only masks are those of drop-path, for the rate `path`: (B, 1, 1, 1) for each
-    branch that is no identity. Supernets normalise by the batch and keep no running statistics, so that weights are
-    all their state; stand-alone bodies keep them, for evaluation.
+    Image kind: (B, 3, S, S) -> (B, F), F its `n_features`; the state is None. `maps(inputs, masks, choice)` gives the
+    features and what an auxiliary head reads, (B, `auxiliary_channels`, S', S'). Batch norms keep running statistics in
+    stand-alone bodies (`train()` and `eval()` are the task's to call) and take batch statistics always in supernets.
     """
 
     width: int
@@ -135,7 +132,7 @@ class Body(Protocol):
     def initial_state(self, batch_size: int) -> State: ...
     def initialise(self, generator: torch.Generator, init_range: float) -> None: ...
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
-        """Dropout masks for one segment; `rates` are a task's, by name (`x`, `hidden`, `weight`; `path`)."""
+        """Dropout masks for one segment; `rates` are a task's, by name (`x`, `hidden`, `weight`; `path` for images)."""
         ...
 
     def __call__(self, inputs: Tensor, state: State, masks: Masks, choice: Choice = None) -> tuple[Tensor, State]: ...
@@ -161,7 +158,7 @@ class Space(Protocol):
     kind: str
     """Which bodies it makes: a task lists the kinds it can wrap. `recurrent`: (T, B, H) -> (T, B, H), causal.
     `transformer`: (T, B, H) -> (T, B, F), F its `n_features`; it looks both ways, carries no state, and takes the
-    `lengths` (B,) of padded sequences. `image`: (B, 3, S, S) -> (B, F); see `Body`."""
+    `lengths` (B,) of padded sequences. `image`: (B, 3, S, S) -> (B, F)."""
     decisions: Decisions
 
     @classmethod

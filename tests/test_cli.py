@@ -12,6 +12,7 @@ import pytest
 import tiny
 import yaml
 
+import lmnas
 from lmnas import jobs, registry
 from lmnas.cli import main
 from lmnas.config import load_recipe, recipe_names
@@ -276,3 +277,64 @@ def test_as_a_program(tmp_path):
     bad = subprocess.run([sys.executable, "-m", "lmnas.cli", "test", str(tmp_path)], capture_output=True, text=True)
     assert bad.returncode == 2 and not bad.stdout
     assert bad.stderr.startswith("lmnas: run ") and bad.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+
+@pytest.fixture(scope="module")
+def finished_images(tmp_path_factory, cache):
+    """A finished run on pictures: (its directory, its answer, what it said, the pictures)."""
+    folder = tmp_path_factory.mktemp("images")
+    pictures = tiny.pictures(folder / "pictures", n_train=12)
+    recipe = folder / "images.yaml"
+    recipe.write_text(yaml.safe_dump(tiny.image_recipe("shapes", train={**tiny.image_recipe()["train"], "seeds": 2})))
+    code, out, err = call("search", recipe, "--run", folder / "run", "--data", pictures, "--json")
+    assert code == 0
+    return folder / "run", json.loads(out), err, pictures
+
+
+def test_images_through_every_stage(finished_images):
+    run, document, said, _ = finished_images
+    assert document["objective"] == {
+        "name": "error",
+        "unit": "%",
+        "direction": "minimize",
+        "worst": 100.0,
+        "items": "images",
+    }
+    assert document["data"]["name"] == "pictures"
+    assert document["data"]["images"] == {"train": 33, "valid": 3, "test": 9}
+    assert document["environment"]["kernel"] == "reference" and "slower" not in said
+    scores = [score for score in document["scores"] if score["split"] == "test"]
+    assert {score["model"] for score in scores} == {"searched", "random", "resnet"}
+    # every error is a whole number of nine images
+    assert all(score["n_predictions"] == 9 and abs(score["value"] * 9 / 100 % 1 - 0.5) > 0.49 for score in scores)
+    assert "the ResNet" in document["verdict"]["sentence"] and "LSTM" not in document["verdict"]["sentence"]
+    assets = json.loads((run / "images.json").read_text())
+    assert assets["classes"] == ["blue", "green", "red"] and assets["size"] == [8, 8]
+    # the table is that of the model that is handed over
+    details = document["details"]
+    table = details["confusion"]
+    wrong = sum(map(sum, table)) - sum(table[i][i] for i in range(3))
+    exported = next(s for s in scores if s["model"] == "searched" and s["seed"] == details["seed"])
+    assert [sum(row) for row in table] == [3, 3, 3] and exported["value"] == pytest.approx(100 * wrong / 9)
+    page = (run / "report.html").read_text()
+    assert "What it predicts" in page and "images/s" in page and "tokens" not in page
+
+
+def test_an_image_model_is_tested_again_and_scores_a_folder(finished_images):
+    run, _, _, pictures = finished_images
+    tested = answer("test", run)
+    assert tested["reloaded"]["difference"] == 0
+    opened = lmnas.load(run)
+    value = opened.model().score(str(pictures / "test"))
+    assert value == tested["reloaded"]["value"]
+
+
+def test_show_counts_an_image_classifier(tmp_path):
+    """ResNet-20 with 16 channels: 269,072 in the body (tested there by formula), and 64 x 10 + 10."""
+    document = answer("show", "resnet-20", "--out", tmp_path)
+    assert (document["n_parameters_body"], document["n_parameters"]) == (269_072, 269_722)
+    assert document["width"] == 16 and document["vocabulary"] is None
+    assert answer("show", "resnet-20", "--width", 4, "--out", tmp_path)["n_parameters"] < 20_000

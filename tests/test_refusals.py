@@ -421,3 +421,42 @@ def test_all_candidates_fail(folder, capsys):
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("lmnas: search: every candidate failed (diverged at step 1")
     assert Path("runs/tiny/results.json").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- images
+
+
+def write_image_recipe(**changes):
+    data = tiny.pictures(Path("pictures").resolve(), n_train=8)
+    Path("images.yaml").write_text(yaml.safe_dump(tiny.image_recipe(data, **changes)))
+
+
+IMAGES = [
+    (["--task.classes", "100"], "task.classes 100: pictures has 3 classes"),
+    (["--task.valid", "24"], "task.valid 24: pictures has 24 training images; expected 1 to 23"),
+    (["--task.data", "cifar"], "data 'cifar' is neither a known image set nor an existing archive or folder. Did you"),
+    (["--data", "text.txt"], "not a .tar.gz archive, or damaged"),
+    (["--space", "recurrent-cell"], "space 'recurrent-cell' makes recurrent bodies, task 'image-classification' takes"),
+    (["--task", "language-modeling"], "space 'resnet' makes image bodies, task 'language-modeling' takes recurrent"),
+    (["--baselines.lstm.source", "lstm-1"], "baselines.lstm: 'lstm-1' makes recurrent bodies"),
+    (["--estimator", "proxy"], "estimator 'proxy' scores recurrent bodies; space 'resnet' makes image bodies"),
+    (["--kernel", "fused"], "kernel 'fused' is for recurrent cells; space 'resnet' makes image bodies"),
+    (["--space.max_blocks", "19"], "space.max_blocks: input should be less than or equal to 18, got 19"),
+    (["--train.training.model.auxiliary", "0.4"], "model.auxiliary: the head reads a map of 2 x 2 pixels"),
+    (["--train.training.batches.batch_size", "23"], "train.training.batches: batch_size 23: split 'train' has only 22"),
+    (["--train.training.batches.n_valid", "24"], "24 images held out for validation; pictures has 24 for both"),
+    (["--train.training.batches.bptt", "3"], "train.training.batches.bptt: unknown setting"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", IMAGES)
+def test_images(refused, arguments, message):
+    write_image_recipe()
+    assert message in refused("search", "images.yaml", *arguments)
+
+
+def test_commands_for_text_refuse_image_networks(refused):
+    assert "makes image bodies; these metrics are for recurrent ones" in refused("score", "resnet-20")
+    assert "--vocabulary: genotype resnet-20 is a network for images" in refused(
+        "show", "resnet-20", "--vocabulary", "9"
+    )

@@ -213,12 +213,8 @@ def augment(images: Tensor, mean: Tensor, std: Tensor, settings: BatchSettings, 
         inside_y = (y >= top) & (y < top + settings.cutout)
         inside_x = (x >= left) & (x < left + settings.cutout)
         kept &= ~(inside_y[:, :, None] & inside_x[:, None, :])
-    taken = images[
-        torch.arange(n, device=device)[:, None, None, None],
-        torch.arange(3, device=device)[None, :, None, None],
-        rows.clamp(0, height - 1)[:, None, :, None],
-        columns.clamp(0, width - 1)[:, None, None, :],
-    ]
+    places = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
+    taken = images.flatten(2).gather(2, places.flatten(1)[:, None].expand(n, 3, -1)).view(images.shape)
     return normalise(taken, mean, std) * kept[:, None]
 
 

@@ -488,9 +488,12 @@ def test_unzip_refuses_links_and_other_files(tmp_path):
 
 
 def test_addresses_are_complete():
-    for name in download.PUBLISHED:
-        for remote in download.REMOTES[name]:
-            assert remote.url.startswith("https://") and len(remote.sha256) == 64
+    for name, remotes in download.REMOTES.items():
+        for remote in remotes:
+            assert remote.url.startswith("https://") and len(remote.checksum) == (
+                64 if name in download.PUBLISHED else 32
+            )
+    assert download.REMOTES.keys() > download.PUBLISHED.keys()
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
