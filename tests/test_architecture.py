@@ -10,7 +10,7 @@ from lmnas import registry
 PACKAGE = Path(registry.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-VALUES = {"errors", "seeds", "genotype", "decisions", "protocols"}
+VALUES = {"errors", "seeds", "genotype", "decisions", "protocols", "evidence"}
 """Plain values and contracts: whoever needs them may import them."""
 ALLOWED = {
     "errors": set(),
@@ -20,6 +20,7 @@ ALLOWED = {
     "genotype": {"errors"},
     "job": {"errors", "files"},
     "protocols": {"decisions", "genotype", "job"},
+    "evidence": set(),
     "registry": {"errors"},
     "kernels": {"errors"},
     "ops": {"kernels"},
