@@ -24,6 +24,7 @@ ALLOWED = {
     "registry": {"errors"},
     "kernels": {"errors"},
     "ops": {"kernels"},
+    "curvature": VALUES | {"kernels", "ops"},
     "spaces": VALUES | {"kernels", "ops"},
     "tasks": VALUES | {"kernels", "ops", "files"},
     "strategies": VALUES,
@@ -41,7 +42,7 @@ ALLOWED = {
     "score": VALUES | {"jobs", "proxies", "registry", "tasks"},
     "bench": VALUES
     | {"estimators", "forecast", "job", "jobs", "kernels", "registry", "report", "spaces", "strategies", "tasks"}
-    | {"files", "ops", "proxies", "score", "train"},
+    | {"curvature", "files", "ops", "proxies", "score", "train"},
 }
 """Part -> the other parts that it may import. Parts that are not here (the driver, the command line) stand on top."""
 ON_TOP = {"__init__", "api", "cli", "experiment", "plan", "preflight", "run", "show"}

@@ -81,6 +81,17 @@ def planning(kernel: Decided) -> Iterator[None]:
         _planned = before
 
 
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Inside, the reference runs whatever was chosen: faster kernels are differentiable once, and backward only."""
+    global _used
+    before, _used = _used, "reference"
+    try:
+        yield
+    finally:
+        _used = before
+
+
 def kernel_in_use(device: str = "cpu") -> Literal["reference", "fused", "graphs"]:
     """What runs in float32 and float64; other types and devices run the reference.
 

@@ -285,7 +285,7 @@ class CellSupernet(nn.Module):
             batch_norm = self.space.batch_norm
             hs = recurrent_path(inputs, state, self.w_input, weights, program, mask_x, mask_h, batch_norm, sampled=True)
         elif choice is not None:
-            p_input, p_edges, output_weights = self._encode(choice)
+            p_input, p_edges, output_weights = self.encode(choice)
             hs = recurrent_mixture(
                 inputs,
                 state,
@@ -302,8 +302,8 @@ class CellSupernet(nn.Module):
             raise ValueError("a supernet needs a choice: a genotype or a mixture")
         return hs, hs[-1]
 
-    def _encode(self, mixture: Mixture) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights by operation code: p_input (K,), p_edges (E, K), output_weights (N + 1,)."""
+    def encode(self, mixture: Mixture) -> tuple[Tensor, Tensor, Tensor]:
+        """A mixture as the kernels take it, weights by operation code: p_input (K,), p_edges (E, K), output_weights (N + 1,)."""
         space = self.space
         table = mixture["nodes"]
         columns = [int(space.none) + space.activations.index(op) if op in space.activations else None for op in OPS]

@@ -133,10 +133,21 @@ class LanguageModel(nn.Module):
         """
         if carry is None:
             carry = self.body.initial_state(batch.inputs.shape[1])  # type: ignore[operator]
-        raw, state = self.body(self._embedded(batch, masks), carry, masks, choice)
+        raw, state = self.body(self.embedded(batch, masks), carry, masks, choice)
         return self._loss(raw, batch, masks, penalised), detach(state)
 
-    def _embedded(self, batch: Batch, masks: Masks) -> Tensor:
+    def features(self, batch: Batch, carry: State, choice: Choice = None) -> Tensor:
+        """What the softmax layer reads, without dropout: (T B, H), in the order of the flattened targets."""
+        if carry is None:
+            carry = self.body.initial_state(batch.inputs.shape[1])  # type: ignore[operator]
+        return self.body(self.embedded(batch, {}), carry, {}, choice)[0].flatten(0, 1)
+
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, H) and bias (V,) of the softmax layer."""
+        return self.embedding, self.bias
+
+    def embedded(self, batch: Batch, masks: Masks) -> Tensor:
+        """(T, B, H), the body's input."""
         embedded = F.embedding(batch.inputs, self.embedding)
         if "embedding" in masks:
             embedded = embedded * masks["embedding"][batch.inputs]
@@ -171,7 +182,7 @@ class LanguageModel(nn.Module):
             model.body.initial_state(batch.inputs.shape[1]) if carry is None else carry  # type: ignore[operator]
             for model, batch, carry in zip(models, batches, carries, strict=True)
         ]
-        embedded = [model._embedded(batch, mask) for model, batch, mask in zip(models, batches, masks, strict=True)]
+        embedded = [model.embedded(batch, mask) for model, batch, mask in zip(models, batches, masks, strict=True)]
         steps = max(len(part) for part in embedded)
         padded = torch.stack([F.pad(part, (0, 0, 0, 0, 0, steps - len(part))) for part in embedded])
         outputs = together([model.body for model in models], padded, states, masks)

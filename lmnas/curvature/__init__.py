@@ -1,0 +1,26 @@
+"""Second derivatives: of a supernet's loss by its mixture (`diagonal`), of a plain recurrent network's by its weights
+(`chain`), and of any function of a tensor (`generic`)."""
+
+from lmnas.curvature.generic import (
+    exact_diagonal,
+    gauss_newton_diagonal,
+    hutchinson_diagonal,
+    softmax_form,
+    squared_gradients,
+)
+from lmnas.curvature.models import METHODS, Classifier, Method, diagonal
+from lmnas.curvature.recurrent import recurrent_diagonal, softmax_head
+
+__all__ = [
+    "METHODS",
+    "Classifier",
+    "Method",
+    "diagonal",
+    "exact_diagonal",
+    "gauss_newton_diagonal",
+    "hutchinson_diagonal",
+    "recurrent_diagonal",
+    "softmax_form",
+    "softmax_head",
+    "squared_gradients",
+]

@@ -1,0 +1,260 @@
+"""Curvature of a supernet's loss by the entries of its mixture: H_e = d²E / dw_e², one number an entry.
+
+E is the mean loss of a prediction on one batch, without dropout and penalties: `model(batch, carry, {}, mixture, False)`.
+The carried state is a constant, as in training.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmnas.curvature.generic import (
+    chunk_of,
+    exact_diagonal,
+    gauss_newton_diagonal,
+    hutchinson_diagonal,
+    softmax_form,
+    squared_gradients,
+)
+from lmnas.curvature.recurrent import recurrent_diagonal, softmax_head
+from lmnas.errors import UserError, nearest
+from lmnas.kernels import OPS, plain
+from lmnas.protocols import Batch, Choice, Mixture, State
+from lmnas.seeds import generator
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """What a model must have: a linear layer and softmax on features, with the mean cross-entropy as its loss."""
+
+    def features(self, batch: Batch, carry: State, choice: Choice = None) -> Tensor:
+        """(N, H) without dropout, one row for each of the flattened targets."""
+        ...
+
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, H) and bias (V,)."""
+        ...
+
+
+class _Flat:
+    """The entries of a mixture as one vector and back."""
+
+    def __init__(self, mixture: Mixture):
+        self.shapes = {name: table.shape for name, table in mixture.items()}
+        self.values = torch.cat([table.detach().flatten() for table in mixture.values()])
+
+    def mixture(self, values: Tensor) -> dict[str, Tensor]:
+        parts = values.split([shape.numel() for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+
+@contextlib.contextmanager
+def _constant(model: nn.Module) -> Iterator[None]:
+    """Inside, no graph is built for the model's weights, and the plain kernel runs."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        with plain():
+            yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def _loss(model: Any, batch: Batch, carry: State, flat: _Flat) -> Callable[[Tensor], Tensor]:
+    """E as a function of the entries; the library's cross-entropy can be differentiated twice, the kernels' cannot."""
+
+    def loss(values: Tensor) -> Tensor:
+        features = model.features(batch, carry, flat.mixture(values))
+        return F.cross_entropy(F.linear(features, *model.output_layer()), batch.targets.flatten())
+
+    return loss
+
+
+def _probabilities(model: Any, batch: Batch, carry: State, mixture: Mixture) -> Tensor:
+    """(N, V)."""
+    with torch.no_grad():
+        return F.linear(model.features(batch, carry, mixture), *model.output_layer()).softmax(-1)
+
+
+Generators = Callable[[], torch.Generator]
+Run = Callable[[Any, Batch, State, Mixture, torch.Generator, int], Mixture]
+"""(model, batch, carry, mixture, noise, draws) -> second derivatives."""
+
+
+def _exact(model, batch, carry, mixture, noise, draws):
+    flat = _Flat(mixture)
+    with _constant(model):
+        return flat.mixture(exact_diagonal(_loss(model, batch, carry, flat), flat.values))
+
+
+def _hutchinson(model, batch, carry, mixture, noise, draws):
+    flat = _Flat(mixture)
+    with _constant(model):
+        return flat.mixture(hutchinson_diagonal(_loss(model, batch, carry, flat), flat.values, noise, draws))
+
+
+def _gauss_newton(model, batch, carry, mixture, noise, draws):
+    flat = _Flat(mixture)
+    weight, _ = model.output_layer()
+    with _constant(model):
+        form = softmax_form(_probabilities(model, batch, carry, mixture), weight)
+        # what a step of the cell holds for one tangent is a few dozen times what it puts out
+        chunk = chunk_of(8 * batch.targets.numel() * weight.shape[1])
+        return flat.mixture(
+            gauss_newton_diagonal(
+                lambda values: model.features(batch, carry, flat.mixture(values)), flat.values, form, chunk
+            )
+        )
+
+
+def _sampled(model, batch, carry, mixture, noise, draws):
+    """The loss of a sequence is that of a batch of its own, so the model may not couple sequences (batch norm does)."""
+    flat = _Flat(mixture)
+    axis = batch.targets.dim() - 1
+    n_sequences = batch.targets.shape[axis]
+    if carry is None:
+        carry = model.body.initial_state(n_sequences)
+    total = torch.zeros_like(flat.values)
+
+    def log_likelihood(values: Tensor, inputs: Tensor, labels: Tensor, state: State) -> Tensor:
+        alone = Batch(inputs.unsqueeze(axis), labels.unsqueeze(axis))
+        features = model.features(alone, _map(state, lambda part: part.unsqueeze(-2)), flat.mixture(values))
+        return -F.cross_entropy(F.linear(features, *model.output_layer()), labels.flatten(), reduction="sum")
+
+    with _constant(model):
+        probabilities = _probabilities(model, batch, carry, mixture)
+        for _ in range(draws):
+            labels = torch.multinomial(probabilities, 1, generator=noise).view_as(batch.targets)
+            dims = (axis, axis, _map(carry, lambda part: part.dim() - 2))
+            total += squared_gradients(log_likelihood, flat.values, (batch.inputs, labels, carry), dims)
+    return flat.mixture(total / (draws * batch.targets.numel()))
+
+
+def _map(state: State, function: Callable[[Tensor], Any]) -> Any:
+    return function(state) if isinstance(state, Tensor) else tuple(_map(part, function) for part in state)
+
+
+def _recursion(model, batch, carry, mixture, noise, draws):
+    body = model.body
+    if not hasattr(body, "encode"):
+        raise UserError(
+            f"curvature 'recursion': expected the supernet of a recurrent cell, got {type(body).__name__}; "
+            "'gauss-newton' and 'sampled' take any supernet"
+        )
+    if body.space.batch_norm != "none":
+        raise UserError(
+            f"curvature 'recursion': batch_norm {body.space.batch_norm!r} couples the sequences of a batch, which a "
+            "recursion by sequence cannot follow, and hides the size of the switches from the loss; set it to 'none'"
+        )
+    with torch.enable_grad():
+        leaves = {name: table.detach().requires_grad_() for name, table in mixture.items()}
+        p_input, p_edges, output_weights = (part for part in body.encode(leaves))
+    if output_weights.requires_grad:
+        raise UserError(
+            f"curvature 'recursion': with output {body.space.output!r} the mixture also weighs the nodes in h_t, which "
+            "the recursion leaves out; set it to 'all-nodes', or take 'gauss-newton'"
+        )
+    inputs = model.embedded(batch, {}).detach()
+    state = body.initial_state(inputs.shape[1]) if carry is None else carry
+    weight, bias = model.output_layer()
+    head = softmax_head(weight.detach(), None if bias is None else bias.detach(), batch.targets)
+    weights = [w.detach() for w in body.w_nodes]
+    found = recurrent_diagonal(
+        inputs,
+        state,
+        body.w_input.detach(),
+        weights,
+        p_input.detach().to(inputs),
+        p_edges.detach().to(inputs),
+        output_weights.detach().to(inputs),
+        head,
+    )
+    by_name = {"input": found.input[None], "nodes": found.edges}
+    result = {name: torch.zeros_like(table) for name, table in mixture.items()}
+    for table in body.space.tables():
+        for column, op in enumerate(table.ops):
+            if op in OPS:
+                result[table.name][:, column] = by_name[table.name][:, OPS.index(op)]
+    return result
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to estimate the curvature.
+
+    Attributes:
+        run: does it for one batch.
+        description: one line.
+        exact: it is the second derivative itself; else an estimate of it, or of the Gauss-Newton part.
+        draws: random draws if none are asked for; 0: it draws nothing.
+    """
+
+    run: Run
+    description: str
+    exact: bool
+    draws: int = 0
+
+
+METHODS: dict[str, Method] = {
+    "exact": Method(_exact, "every component of the gradient differentiated: the oracle, one pass an entry", True),
+    "gauss-newton": Method(
+        _gauss_newton, "without the network's own curvature, never negative; one forward-mode pass an entry", False
+    ),
+    "sampled": Method(
+        _sampled, "squared gradients of sequences whose labels the model draws: estimates gauss-newton", False, 1
+    ),
+    "hutchinson": Method(_hutchinson, "random signs times the Hessian: unbiased for exact, noisy", False, 10),
+    "recursion": Method(
+        _recursion, "diagonal second derivatives swept back through time, about the price of a gradient", False
+    ),
+}
+"""By name. What each leaves out is in docs/curvature.md."""
+
+
+def diagonal(
+    method: str,
+    model: nn.Module,
+    batches: Sequence[tuple[Batch, State]],
+    mixture: Mixture,
+    seed: int,
+    draws: int | None = None,
+) -> dict[str, Tensor]:
+    """Second derivatives of the loss by every entry of a mixture, averaged over batches.
+
+    Args:
+        method: a name in METHODS.
+        model: a classifier (`Classifier`) around a supernet.
+        batches: at least one, each with the state carried into it (None: the initial one), on the model's device.
+        mixture: table name -> (E, K).
+        seed: of the methods that draw.
+        draws: random draws a batch; default: the method's own.
+
+    Returns:
+        Table name -> (E, K). Zero for entries that the network does not read, such as those of `none`.
+
+    Raises:
+        UserError: unknown method, or one that does not suit the model.
+    """
+    if method not in METHODS:
+        raise UserError(f"curvature {method!r} is unknown. {nearest(method, METHODS)}")
+    if draws is not None and draws < 1:
+        raise UserError(f"curvature.draws: expected at least 1, got {draws}")
+    if not isinstance(model, Classifier):
+        raise UserError(f"curvature: {type(model).__name__} has no softmax layer on features, which its methods need")
+    if not batches:
+        raise ValueError("curvature of no batches")
+    chosen = METHODS[method]
+    total = {name: torch.zeros_like(table) for name, table in mixture.items()}
+    for k, (batch, carry) in enumerate(batches):
+        noise = generator(seed, "curvature", method, k, device=batch.targets.device)
+        found = chosen.run(model, batch, carry, mixture, noise, chosen.draws if draws is None else draws)
+        for name in total:
+            total[name] += found[name] / len(batches)
+    return {name: table.detach() for name, table in total.items()}
