@@ -163,6 +163,12 @@ class Prior:
         kappa = self._members.t() @ self.slopes(h, s)
         return Penalty(self, kappa, self._members * (s / v[:, None]).square())
 
+    def first_penalty(self) -> "Penalty":
+        """The cost before any update: variances and weights are 1."""
+        s = self.initial()
+        shares = self._members * (s / self.variances(s)[:, None]).square()
+        return Penalty(self, torch.ones_like(s), shares)
+
     def update(self, w: Tensor, h: Tensor, s: Tensor) -> Tensor:
         """(P,) base variances after one majorise-minimise step at fixed w and h; the objective does not rise.
 
@@ -173,10 +179,13 @@ class Prior:
         updated = torch.where((q == 0) & (kappa == 0), s.square(), q / kappa).sqrt()
         return updated.clamp(LOWEST, HIGHEST)
 
-    def fit(self, w: Tensor, h: Tensor, s: Tensor, iterations: int = ITERATIONS) -> Tensor:
-        """`update`, so many times."""
+    def fit(
+        self, w: Tensor, h: Tensor, s: Tensor, iterations: int = ITERATIONS, fixed: Tensor | None = None
+    ) -> Tensor:
+        """`update`, so many times; variances that are `fixed`, (P,) bool, stay as they are."""
         for _ in range(iterations):
-            s = self.update(w, h, s)
+            updated = self.update(w, h, s)
+            s = updated if fixed is None else torch.where(fixed, s, updated)
         return s
 
 

@@ -26,6 +26,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "random": "lmnas.strategies.random_search:RandomSearch",
         "reinforce": "lmnas.strategies.reinforce:Reinforce",
         "gradient": "lmnas.strategies.gradient:Gradient",
+        "bayes": "lmnas.strategies.bayes:Bayes",
     },
     "estimator": {
         "shared": "lmnas.estimators.shared:Shared",

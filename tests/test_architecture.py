@@ -30,7 +30,7 @@ ALLOWED = {
     "strategies": VALUES,
     "train": VALUES | {"files", "job", "registry"},
     "proxies": VALUES | {"kernels", "ops"},
-    "estimators": VALUES | {"files", "job", "proxies", "train"},
+    "estimators": VALUES | {"curvature", "files", "job", "proxies", "train"},
     "verdict": VALUES,
     "report": VALUES | {"files", "verdict"},
     "progress": set(),

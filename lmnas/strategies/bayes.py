@@ -1,0 +1,387 @@
+"""BayesNAS: architectures by sparse Bayesian learning, after one pass of training (Zhou et al., ICML 2019, 1905.04919).
+
+Every (edge, operation) of the space's relaxation has a scalar switch r, 1 at the start, without a softmax. The supernet
+runs the mixture r / (K j), with K operations and j edges into the node, so that all switches at 1 are a mean. `none`
+has no switch: its weight is 0, and an edge whose switches are all 0 is what `none` stands for.
+
+    warm-up     weights alone
+    then        weights and switches together: the switches by the training loss plus lambda times the penalty of
+                their prior (`lmnas.evidence`), whose variances and curvatures stand still
+    an update   curvature H = d2E/dr2 over a few batches, h = H / lambda; variances gamma by majorise-minimise; switches
+                with gamma <= 1 / (2 pi e), or with a dead source, are set to 0 for good; the penalty is weighted anew
+
+Tables are graphs of their own: a node without a switch into it in the same table is given. Of the paper's recurrent
+extension (Li, MSc thesis, TU Delft, 2019) the abstract alone is known; prior, update and curvature through time are
+our derivation. Departures from the released code for images: gamma is updated before the penalty's weights are (the
+authors' notes and later code have that order), the curvature is an average over batches of the mean loss, and
+variances start at 1 instead of at random.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lmnas import evidence
+from lmnas.errors import Emptied, UserError
+from lmnas.evidence import PRIORS, Convention, Penalty, Prior, Switches
+from lmnas.genotype import Genotype
+from lmnas.protocols import EdgeTable, LearnStep, Mixture, Objective, Space, Trial
+from lmnas.seeds import generator
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+DIGITS = 5
+"""Significant digits of what the records show."""
+
+
+@dataclass
+class _Graph:
+    """The switches of one table: (E, K) values, K without `none`.
+
+    Attributes:
+        columns: where the K operations stand in the table.
+        scale: (E, 1), what a switch is multiplied by in the mixture.
+        values: r, float leaf of the optimiser.
+        s: (P,) base variances of the prior.
+        h: (E K,) curvature by lambda of the last update.
+        gamma: variances; of a dead switch the one with which it died.
+        alive: bool.
+    """
+
+    table: EdgeTable
+    columns: list[int]
+    scale: Tensor
+    switches: Switches
+    prior: Prior
+    values: Tensor
+    s: Tensor
+    h: Tensor
+    gamma: Tensor
+    alive: Tensor
+    penalty: Penalty
+
+    def rows(self, values: Tensor) -> Tensor:
+        """(E K,) as (E, K)."""
+        return values.view(self.alive.shape)
+
+
+class Bayes:
+    """Proposes the one architecture that survives its sparse prior.
+
+    Settings:
+        strength: lambda, nats per prediction. A switch stays where r^2 H exceeds it: lambda / 2 is the loss that may
+            be paid for dropping one.
+        prior: `dependency` (a switch needs something that leads into its source), `edge-cap` (an edge's variance bounds
+            its operations) or `independent`.
+        convention: of the prior's objective: `normalised`, or `product` as the authors' code has it.
+        groups: which switches share a variance: each its own (`switch`), or all of an edge (`edge`).
+        updates: outer iterations, spread evenly over the steps after the warm-up; 1 is the paper's regime.
+        warm_up: share of all steps in which only weights are trained.
+        iterations: updates of the variances at each outer iteration.
+        curvature: how H is found (`lmnas.curvature`), over `curvature_batches` training batches without dropout.
+        learning_rate, method, momentum: of the switches' own optimiser.
+        threshold: variance at which a switch is pruned; the default has entropy 0.
+    """
+
+    needs = frozenset({"shared-weights", "mixture"})
+    joint = True
+    learn_passes = 0
+    rewards_per_round = 0
+    rewards_per_update = 1
+
+    def __init__(
+        self,
+        space: Space,
+        objective: Objective,
+        seed: int,
+        *,
+        strength: Positive = 0.005,
+        prior: Literal["dependency", "edge-cap", "independent"] = "dependency",
+        convention: Convention = "normalised",
+        groups: Literal["switch", "edge"] = "switch",
+        updates: Count = 1,
+        warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        iterations: Count = evidence.ITERATIONS,
+        curvature: Literal["recursion", "gauss-newton", "sampled", "hutchinson", "exact"] = "recursion",
+        curvature_batches: Count = 4,
+        method: Literal["sgd", "adam"] = "sgd",
+        learning_rate: Positive = 0.1,
+        momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9,
+        threshold: Positive = evidence.THRESHOLD,
+    ):
+        _refuse_unfit(space)
+        self.space = space
+        self.strength = strength
+        self.updates, self.warm_up, self.iterations = updates, warm_up, iterations
+        self.curvature, self.curvature_batches = curvature, curvature_batches
+        self.threshold = threshold
+        self.graphs = {table.name: _graph(table, prior, convention, groups) for table in space.tables()}
+        leaves = [graph.values for graph in self.graphs.values()]
+        self.optimizer: torch.optim.Optimizer
+        if method == "adam":
+            self.optimizer = torch.optim.Adam(leaves, lr=learning_rate)
+        else:
+            self.optimizer = torch.optim.SGD(leaves, lr=learning_rate, momentum=momentum)
+        # the last word between switches that are equal in all else, as they are before the first update
+        self.ties = {name: _order(graph, seed) for name, graph in self.graphs.items()}
+        self.history: list[dict[str, Any]] = []
+        self.proposed = False
+
+    # ------------------------------------------------------------------------------------------------------- learning
+
+    def choice(self, step: int) -> Mixture:
+        mixture = {}
+        for name, graph in self.graphs.items():
+            table = graph.values.new_zeros(len(graph.table.edges), len(graph.table.ops))
+            table[:, graph.columns] = graph.values.detach() * graph.scale
+            mixture[name] = table
+        return mixture
+
+    def learn(self, step: LearnStep) -> None:
+        """One step of the switches, after the warm-up; an update of the prior where one is due."""
+        if step.progress > self.warm_up:
+            for name, gradient in self._gradients(step).items():
+                graph = self.graphs[name]
+                values = graph.values.detach().double().flatten().requires_grad_()
+                cost = torch.autograd.grad(self.strength * graph.penalty(values), values)[0]
+                total = gradient[:, graph.columns].to(graph.scale) * graph.scale + graph.rows(cost).to(graph.scale)
+                graph.values.grad = total * graph.alive
+            self.optimizer.step()
+            self._bury()
+        due = self.warm_up + (1 - self.warm_up) * (len(self.history) + 1) / self.updates
+        if step.progress >= min(due, 1.0) and len(self.history) < self.updates:
+            self._update(step)
+
+    def _gradients(self, step: LearnStep) -> Mixture:
+        """d loss / d mixture: of the weights' own update where there was one, else of one more pass."""
+        if step.train_gradient is not None:
+            return {name: gradient.detach().cpu() for name, gradient in step.train_gradient.items()}
+        like = next(iter(step.weights.values()))
+        mixture = {name: table.to(like).requires_grad_() for name, table in self.choice(step.step).items()}
+        weights = {name: weight.detach() for name, weight in step.weights.items()}
+        gradients = torch.autograd.grad(step.train_loss(weights, mixture), list(mixture.values()))
+        return {name: gradient.cpu() for name, gradient in zip(mixture, gradients, strict=True)}
+
+    def _bury(self) -> None:
+        """Keep dead switches at zero, whatever momentum says."""
+        with torch.no_grad():
+            for graph in self.graphs.values():
+                graph.values *= graph.alive
+
+    def _update(self, step: LearnStep) -> None:
+        """Curvature, variances, pruning, and the next interval's penalty.
+
+        Raises:
+            Emptied: nothing is left alive.
+        """
+        if step.curvature is None:
+            raise UserError("strategy: it needs an estimator that gives curvature (`LearnStep.curvature`)")
+        curvatures = step.curvature(self.choice(step.step), self.curvature, self.curvature_batches)
+        worth = 0.0
+        note: dict[str, Any] = {"step": step.step, "progress": step.progress, "tables": {}}
+        for name, graph in self.graphs.items():
+            found = curvatures[name].detach().cpu().double()[:, graph.columns] * graph.scale.double() ** 2
+            w = graph.values.detach().double().flatten()
+            # a negative curvature says that the mixture is not at a minimum; the approximation has no use for it
+            h = found.flatten().clamp_min(0.0) / self.strength
+            buried = ~graph.alive.flatten()
+            fixed = _dead_variances(graph.prior, buried)
+            s = torch.where(fixed, torch.full_like(graph.s, evidence.LOWEST), graph.s)
+            before = graph.prior.objective(w, h, s)
+            graph.s = graph.prior.fit(w, h, s, self.iterations, fixed)
+            after = graph.prior.objective(w, h, graph.s)
+            gamma = graph.prior.gamma(graph.s)
+            graph.gamma = torch.where(graph.alive, graph.rows(gamma), graph.gamma)
+            kept = evidence.survivors(graph.switches, torch.where(buried, torch.zeros_like(gamma), gamma), self.threshold)
+            graph.alive = graph.rows(kept)
+            graph.h = h
+            graph.penalty = graph.prior.penalty(h, graph.s)
+            influence = graph.rows(w.square() * h)
+            worth = max(worth, self.strength * influence.max().item())
+            note["tables"][name] = {
+                "gamma": _plain(graph.gamma),
+                "w2h": _plain(influence),
+                "values": _plain(graph.rows(w)),
+                "alive": graph.alive.tolist(),
+                "objective": [before.item(), after.item()],
+            }
+        self._bury()
+        note["alive"] = sum(int(graph.alive.sum()) for graph in self.graphs.values())
+        self.history.append(note)
+        if not all(graph.alive.any() for graph in self.graphs.values()):
+            raise Emptied(
+                f"every switch died at update {len(self.history)}: strategy.strength {self.strength:g} (lambda) asks more "
+                f"of a switch than the best one gives (r^2 H = {worth:.2g}); try strategy.strength {self.strength / 10:.2g}"
+            )
+
+    # ------------------------------------------------------------------------------------------------------- deriving
+
+    def ask(self, n: int) -> list[Genotype]:
+        """The derived architecture, once."""
+        if self.proposed or n < 1:
+            return []
+        self.proposed = True
+        return [self.derived()]
+
+    def derived(self) -> Genotype:
+        """One operation a node: the largest gamma, ties by r^2 h, then by lot.
+
+        A switch out of a dead node comes after all others. A node that is itself dead cannot be left out of a cell of
+        fixed size; it takes its best switch from a living node, with the variances that they died with.
+        """
+        mixture = {}
+        for name, graph in self.graphs.items():
+            given = {source for _, source in graph.table.edges} - graph.switches.fed
+            live = given | {node for (node, _), row in zip(graph.table.edges, graph.alive.tolist(), strict=True) if any(row)}
+            sound = torch.tensor([[source in live] for _, source in graph.table.edges]).expand_as(graph.alive)
+            influence = graph.rows(graph.values.detach().double().flatten().square() * graph.h)
+            keys = (sound, graph.alive, graph.gamma, influence, self.ties[name])
+            order = sorted(range(graph.alive.numel()), key=lambda i, k=keys: [key.flatten()[i].item() for key in k])  # type: ignore[misc]
+            ranks = torch.empty(len(order))
+            ranks[order] = torch.arange(1.0, len(order) + 1)
+            table = torch.zeros(len(graph.table.edges), len(graph.table.ops))
+            table[:, graph.columns] = graph.rows(ranks)
+            mixture[name] = table
+        return self.space.derive(mixture)
+
+    def survivors(self) -> dict[str, list[dict[str, Any]]]:
+        """All living switches by table, several on an edge allowed: the sparse architecture itself."""
+        return {
+            name: [
+                {
+                    "node": graph.table.edges[row][0],
+                    "input": graph.table.edges[row][1],
+                    "op": graph.table.ops[graph.columns[k]],
+                    "value": _plain(graph.values[row, k].detach()),
+                    "gamma": _plain(graph.gamma[row, k]),
+                }
+                for row, k in graph.alive.nonzero().tolist()
+            ]
+            for name, graph in self.graphs.items()
+        }
+
+    def tell(self, trials: list[Trial]) -> None:
+        """Nothing: it learns from gradients."""
+
+    # -------------------------------------------------------------------------------------------------------- records
+
+    def statistics(self) -> dict[str, Any]:
+        """`lambda`; `alive` of `switches`; `mixture` and `ops` by table; `updates`: what every update found, by table
+        `gamma`, `w2h` (r^2 H / lambda), `values`, `alive` as rows of (edge, operation), `objective` before and after;
+        `edges` and `operations`: what those rows and columns are; `survivors`."""
+        return {
+            "lambda": self.strength,
+            "threshold": self.threshold,
+            "alive": sum(int(graph.alive.sum()) for graph in self.graphs.values()),
+            "switches": sum(graph.alive.numel() for graph in self.graphs.values()),
+            "mixture": {name: table.tolist() for name, table in self.choice(0).items()},
+            "ops": {name: list(graph.table.ops) for name, graph in self.graphs.items()},
+            "edges": {name: [list(edge) for edge in graph.table.edges] for name, graph in self.graphs.items()},
+            "operations": {
+                name: [graph.table.ops[column] for column in graph.columns] for name, graph in self.graphs.items()
+            },
+            "updates": self.history,
+            "survivors": self.survivors(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "graphs": {
+                name: {
+                    "values": graph.values.detach().clone(),
+                    "s": graph.s.clone(),
+                    "h": graph.h.clone(),
+                    "gamma": graph.gamma.clone(),
+                    "alive": graph.alive.clone(),
+                }
+                for name, graph in self.graphs.items()
+            },
+            "optimizer": self.optimizer.state_dict(),
+            "history": list(self.history),
+            "proposed": self.proposed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, saved in state["graphs"].items():
+            graph = self.graphs[name]
+            with torch.no_grad():
+                graph.values.copy_(saved["values"])
+            graph.s, graph.h = saved["s"].clone(), saved["h"].clone()
+            graph.gamma, graph.alive = saved["gamma"].clone(), saved["alive"].clone()
+            if state["history"]:
+                graph.penalty = graph.prior.penalty(graph.h, graph.s)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = list(state["history"])
+        self.proposed = state["proposed"]
+
+
+def _refuse_unfit(space: Space) -> None:
+    """Raises UserError where switches cannot say what they are worth."""
+    if not space.tables():
+        raise UserError(f"strategy 'bayes' needs a space with a relaxation; space {space.name!r} has none")
+    if getattr(space, "batch_norm", "none") != "none":
+        raise UserError(
+            f"space.batch_norm {space.batch_norm!r}: strategy 'bayes' needs 'none', as a norm after a node undoes any "  # type: ignore[attr-defined]
+            f"scale of the switches into it, and their penalty would shrink them at no cost"
+        )
+    if getattr(space, "output", "all-nodes") != "all-nodes":
+        raise UserError(
+            f"space.output {space.output!r}: strategy 'bayes' needs 'all-nodes', as the relaxation of other outputs "  # type: ignore[attr-defined]
+            f"takes weights for probabilities, and switches are none"
+        )
+
+
+def _graph(table: EdgeTable, prior: str, convention: Convention, groups: str) -> _Graph:
+    columns = [column for column, op in enumerate(table.ops) if op != "none"]
+    incoming = [sum(node == other for other, _ in table.edges) for node, _ in table.edges]
+    switches = Switches(
+        tuple(edge for edge in table.edges for _ in columns),
+        tuple(row if groups == "edge" else (row, k) for row in range(len(table.edges)) for k in columns),
+    )
+    made = PRIORS[prior](switches, convention)
+    shape = (len(table.edges), len(columns))
+    s = made.initial()
+    return _Graph(
+        table=table,
+        columns=columns,
+        scale=1.0 / (len(columns) * torch.tensor(incoming, dtype=torch.get_default_dtype())[:, None]),
+        switches=switches,
+        prior=made,
+        values=torch.ones(shape).requires_grad_(),
+        s=s,
+        h=torch.zeros(len(switches.edges), dtype=torch.float64),
+        gamma=torch.ones(shape, dtype=torch.float64),
+        alive=torch.ones(shape, dtype=torch.bool),
+        penalty=made.first_penalty(),
+    )
+
+
+def _order(graph: _Graph, seed: int) -> Tensor:
+    """(E, K) a random order of the switches."""
+    order = torch.randperm(graph.alive.numel(), generator=generator(seed, "ties", graph.table.name))
+    return graph.rows(order)
+
+
+def _dead_variances(prior: Prior, buried: Tensor) -> Tensor:
+    """(P,) bool: base variances that belong to dead switches alone; they feed nobody any more."""
+    owned = torch.zeros(prior.n_variances, dtype=torch.bool)
+    for dead, terms in zip(buried.tolist(), prior.terms, strict=True):
+        for i in prior.members[terms[0]]:
+            owned[i] |= not dead
+    first = torch.zeros(prior.n_variances, dtype=torch.bool)
+    first[[i for terms in prior.terms for i in prior.members[terms[0]]]] = True
+    return first & ~owned
+
+
+def _plain(values: Tensor) -> Any:
+    """Numbers for the record, to a few digits."""
+
+    def rounded(value: Any) -> Any:
+        return [rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.{DIGITS}g}")
+
+    return rounded(values.tolist())
