@@ -4,7 +4,9 @@ A switch w_e has a zero-mean normal prior whose variance gamma_e is itself learn
 MacKay 1995; Tipping 2001). With the likelihood exp(-E / lambda) and a Laplace approximation of diagonal curvature
 H_e = d2E/dw_e2, h_e = H_e / lambda, type-II maximum likelihood is
 
-    min over w, s    2 E(w) / lambda + sum_e w_e^2 / gamma_e + sum_e log(1 + gamma_e h_e),    C_e = 1 / (1 / gamma_e + h_e)
+    min over w, s    2 E(w) / lambda + sum_e w_e^2 / gamma_e + sum_e log(1 + gamma_e h_e)
+
+with the posterior variance C_e = 1 / (1 / gamma_e + h_e).
 
 BayesNAS (Zhou, Yang, Wang, Pan, ICML 2019, arXiv 1905.04919) uses it to prune architectures: several priors on one
 switch multiply, so their precisions add,
@@ -16,7 +18,8 @@ one of them. The updates are majorise-minimise (Jensen for 1 / V_t, a tangent fo
 variances separable:
 
     d_t = sum over e of the slope of the log term by V_t,     kappa_i = sum over t with i in t of d_t
-    theta_ti = s_i / V_t,     q_i = sum over t with i in t of theta_ti^2 sum over e of w_e^2,     s_i <- sqrt(q_i / kappa_i)
+    theta_ti = s_i / V_t,     q_i = sum over t with i in t of theta_ti^2 sum over e of w_e^2
+    s_i <- sqrt(q_i / kappa_i)
 
 and the training cost for fixed kappa and theta is lambda * sum_i sqrt(kappa_i q_i(w)): an overlapping group lasso.
 
@@ -159,15 +162,15 @@ class Prior:
 
     def penalty(self, h: Tensor, s: Tensor) -> "Penalty":
         """The training cost that this prior asks for, frozen at `s` and `h`."""
-        v = self.variances(s)
-        kappa = self._members.t() @ self.slopes(h, s)
-        return Penalty(self, kappa, self._members * (s / v[:, None]).square())
+        shares = self._members * (s / self.variances(s)[:, None]).square()
+        rows = torch.cat([shares, shares.new_zeros(1, shares.shape[1])])
+        return Penalty(self._members.t() @ self.slopes(h, s), rows[self._terms].sum(1))
 
     def first_penalty(self) -> "Penalty":
-        """The cost before any update: variances and weights are 1."""
-        s = self.initial()
-        shares = self._members * (s / self.variances(s)[:, None]).square()
-        return Penalty(self, torch.ones_like(s), shares)
+        """The cost before any update, all weights 1: the lasso sum_e |w_e|, or the norms of groups that are shared."""
+        own = torch.tensor([self.members[terms[0]][0] for terms in self.terms])
+        shares = torch.nn.functional.one_hot(own, self.n_variances).double()
+        return Penalty(shares.any(0).double(), shares)
 
     def update(self, w: Tensor, h: Tensor, s: Tensor) -> Tensor:
         """(P,) base variances after one majorise-minimise step at fixed w and h; the objective does not rise.
@@ -179,9 +182,7 @@ class Prior:
         updated = torch.where((q == 0) & (kappa == 0), s.square(), q / kappa).sqrt()
         return updated.clamp(LOWEST, HIGHEST)
 
-    def fit(
-        self, w: Tensor, h: Tensor, s: Tensor, iterations: int = ITERATIONS, fixed: Tensor | None = None
-    ) -> Tensor:
+    def fit(self, w: Tensor, h: Tensor, s: Tensor, iterations: int = ITERATIONS, fixed: Tensor | None = None) -> Tensor:
         """`update`, so many times; variances that are `fixed`, (P,) bool, stay as they are."""
         for _ in range(iterations):
             updated = self.update(w, h, s)
@@ -191,27 +192,47 @@ class Prior:
 
 @dataclass(frozen=True)
 class Penalty:
-    """sum_i sqrt(kappa_i q_i(w)): an overlapping group lasso with its groups' shares and weights frozen.
+    """sum_i sqrt(kappa_i q_i(w)), q_i = sum_e a_ei w_e^2: an overlapping group lasso with weights and shares frozen.
 
     Attributes:
         kappa: (P,) weight of each group, squared.
-        shares: (T, P) theta squared, how much of each term's switches a group holds.
+        shares: (E, P) a, how much of each switch a group holds.
     """
 
-    prior: Prior
     kappa: Tensor
     shares: Tensor
 
     def squares(self, w: Tensor) -> Tensor:
-        """(P,) q_i(w): the weighted sum of squares of each group's switches."""
-        squared = w.square()[:, None].expand(self.prior._terms.shape)
-        return self.shares.t() @ self.prior._sum_by_term(squared)
+        """(P,) q_i(w)."""
+        return self.shares.t() @ w.square()
 
     def __call__(self, w: Tensor) -> Tensor:
-        """The cost, a scalar with a gradient by `w` (zero at groups that are zero)."""
+        """The cost, a scalar."""
+        return (self.kappa * self.squares(w)).sqrt().sum()
+
+    def slopes(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """What drives a switch to zero, as (smooth, kink), (E,) each.
+
+        A group in which a switch stands alone, all others being zero, is sqrt(kappa a) |w_e| to it: `kink` sums these
+        factors, for a soft threshold. `smooth` is the gradient of all other groups.
+        """
+        held, moves = self.shares > 0, (w != 0)[:, None]
+        others = (held & moves).sum(0) - (held & moves).int()
+        alone = held & (others == 0)
         q = self.squares(w)
-        roots = torch.where(q > 0, q, torch.ones_like(q)).sqrt()
-        return (self.kappa.sqrt() * torch.where(q > 0, roots, torch.zeros_like(q))).sum()
+        weights = self.kappa.sqrt() / torch.where(q > 0, q, torch.ones_like(q)).sqrt()
+        smooth = ((self.shares * ~alone) @ weights) * w
+        return smooth, ((self.kappa * self.shares).sqrt() * alone).sum(1)
+
+    def descend(self, w: Tensor, gradient: Tensor, rate: float, strength: float) -> Tensor:
+        """(E,) switches after one proximal step on loss + strength * cost, `gradient` being that of the loss.
+
+        Exact zeros come from it. For a lasso it is the iterative soft threshold (Daubechies et al., 2004); where groups
+        overlap, each switch's threshold is taken with the others held.
+        """
+        smooth, kink = self.slopes(w)
+        moved = w - rate * (gradient + strength * smooth)
+        return moved.sign() * (moved.abs() - rate * strength * kink).clamp_min(0)
 
 
 @dataclass(frozen=True)

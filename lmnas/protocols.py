@@ -173,7 +173,7 @@ class LearnStep:
         weights: the supernet's parameters by name (leaves; never modified by the strategy).
         learning_rate: the rate of the weights' next update, after any scaling of this step.
         progress: share of the training that is done, 1 at its last step.
-        train_gradient: of the training loss, by the mixture that ran in the weights' own update; for a `joint` strategy.
+        train_gradient: of the training loss, by the mixture that ran in the weights' own update; of a `joint` strategy.
         curvature: (mixture, method, number of batches) -> table name -> (E, K) second derivatives of the mean training
             loss by every entry, without dropout, over the coming batches; a method of `lmnas.curvature`. Computed when
             called.

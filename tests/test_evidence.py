@@ -217,11 +217,35 @@ def test_without_dependency_the_penalty_is_a_weighted_lasso():
     torch.testing.assert_close(torch.autograd.grad(cost, w)[0], omega(s, H))
 
 
-def test_a_group_at_zero_has_no_gradient_and_no_nan():
-    w = tensor(0.0, 1.0, 0.0).requires_grad_()
-    prior = dependency(CHAIN)
-    gradient = torch.autograd.grad(prior.penalty(H, prior.initial())(w), w)[0]
-    assert gradient.isfinite().all() and gradient[0] == 0 and gradient[2] == 0 and gradient[1] > 0
+def test_smooth_and_kink_are_the_penaltys_slopes():
+    """By finite differences on either side: the cost grows by smooth * d + kink * (|w + d| - |w|) to first order."""
+    for _, _, prior, w, h, s in random_cases(25):
+        penalty = prior.penalty(h, s)
+        smooth, kink = penalty.slopes(w)
+        for e in range(len(w)):
+            for d in (1e-9, -1e-9):
+                moved = w.clone()
+                moved[e] += d
+                expected = smooth[e] * d + kink[e] * (moved[e].abs() - w[e].abs())
+                assert (penalty(moved) - penalty(w)).item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-13)
+
+
+def test_proximal_steps_reach_the_minimum_of_a_lasso():
+    """h / 2 (w - best)^2 + omega |w|: soft(best, omega / h), the second one exactly zero."""
+    prior = independent(ONE)
+    for best, expected in ((1.0, 0.75), (0.2, 0.0), (-1.0, -0.75)):
+        w = tensor(0.5)
+        for _ in range(200):
+            w = prior.first_penalty().descend(w, 4.0 * (w - best), rate=0.1, strength=1.0)
+        assert w.item() == pytest.approx(expected, abs=1e-12)
+        assert (w == 0).item() == (expected == 0)
+
+
+def test_the_first_penalty_is_a_lasso_whatever_the_prior():
+    for make in PRIORS.values():
+        assert make(CHAIN, "normalised").first_penalty()(R).item() == pytest.approx(1.3)
+    shared = Switches(((1, 0), (1, 0)), ("edge", "edge"))
+    assert dependency(shared).first_penalty()(tensor(0.3, 0.4)).item() == pytest.approx(0.5)
 
 
 def test_shared_groups_share_their_variance():

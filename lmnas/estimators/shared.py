@@ -64,9 +64,9 @@ class Shared:
         self.model = initialise(task.model(space.supernet(settings.width), settings), seed).to(device)
 
     def prepare(self, strategy: SharingStrategy, job: Job) -> None:
-        """Train the supernet: per step the strategy learns (if by gradient), then the weights of its choice move, or both
-        from one pass (if it is `joint`); after each pass the strategy's proposals are rewarded (if by reinforcement),
-        with the weights frozen."""
+        """Train the supernet: per step the strategy learns (if by gradient), then the weights of its choice move, or
+        both from one pass (if it is `joint`); after each pass the strategy's proposals are rewarded (if by
+        reinforcement), with the weights frozen."""
         weights = WeightTraining(self.model, self.task, self.training, self.seed, self.device)
         # one cursor over validation text for architecture steps, one for rewards
         valid_stream = self.task.stream("valid", self.valid_batches, self.seed)

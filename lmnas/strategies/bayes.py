@@ -5,16 +5,17 @@ runs the mixture r / (K j), with K operations and j edges into the node, so that
 has no switch: its weight is 0, and an edge whose switches are all 0 is what `none` stands for.
 
     warm-up     weights alone
-    then        weights and switches together: the switches by the training loss plus lambda times the penalty of
-                their prior (`lmnas.evidence`), whose variances and curvatures stand still
+    then        weights and switches together: the switches by proximal gradient steps on the training loss plus lambda
+                times the penalty of their prior (`lmnas.evidence`), a lasso at first, reweighted at every update
     an update   curvature H = d2E/dr2 over a few batches, h = H / lambda; variances gamma by majorise-minimise; switches
-                with gamma <= 1 / (2 pi e), or with a dead source, are set to 0 for good; the penalty is weighted anew
+                that are 0, have gamma <= 1 / (2 pi e) or a dead source are 0 for good from then on
 
 Tables are graphs of their own: a node without a switch into it in the same table is given. Of the paper's recurrent
 extension (Li, MSc thesis, TU Delft, 2019) the abstract alone is known; prior, update and curvature through time are
 our derivation. Departures from the released code for images: gamma is updated before the penalty's weights are (the
-authors' notes and later code have that order), the curvature is an average over batches of the mean loss, and
-variances start at 1 instead of at random.
+authors' notes and later code have that order), the curvature is an average over batches of the mean loss, variances
+start at 1 instead of at random, and the proximal step makes exact zeros, where a gradient step of the penalty leaves a
+switch swinging about zero: its curvature is tiny there, so its variance |r| / omega is large, and it would survive.
 """
 
 from collections.abc import Mapping
@@ -37,6 +38,8 @@ Count = Annotated[int, Field(ge=1)]
 
 DIGITS = 5
 """Significant digits of what the records show."""
+MEMORY = 0.95
+"""Decay of the mean slope of the loss, from which a smaller lambda is suggested."""
 
 
 @dataclass
@@ -46,11 +49,12 @@ class _Graph:
     Attributes:
         columns: where the K operations stand in the table.
         scale: (E, 1), what a switch is multiplied by in the mixture.
-        values: r, float leaf of the optimiser.
+        values: r.
         s: (P,) base variances of the prior.
         h: (E K,) curvature by lambda of the last update.
         gamma: variances; of a dead switch the one with which it died.
         alive: bool.
+        slope: (E, K) moving average of the loss' gradient by the switches.
     """
 
     table: EdgeTable
@@ -63,6 +67,7 @@ class _Graph:
     h: Tensor
     gamma: Tensor
     alive: Tensor
+    slope: Tensor
     penalty: Penalty
 
     def rows(self, values: Tensor) -> Tensor:
@@ -84,7 +89,7 @@ class Bayes:
         warm_up: share of all steps in which only weights are trained.
         iterations: updates of the variances at each outer iteration.
         curvature: how H is found (`lmnas.curvature`), over `curvature_batches` training batches without dropout.
-        learning_rate, method, momentum: of the switches' own optimiser.
+        learning_rate: of the switches. 1 / (learning_rate * strength) steps bring a switch that nothing holds to zero.
         threshold: variance at which a switch is pruned; the default has entropy 0.
     """
 
@@ -109,9 +114,7 @@ class Bayes:
         iterations: Count = evidence.ITERATIONS,
         curvature: Literal["recursion", "gauss-newton", "sampled", "hutchinson", "exact"] = "recursion",
         curvature_batches: Count = 4,
-        method: Literal["sgd", "adam"] = "sgd",
-        learning_rate: Positive = 0.1,
-        momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9,
+        learning_rate: Positive = 2.5,
         threshold: Positive = evidence.THRESHOLD,
     ):
         _refuse_unfit(space)
@@ -121,12 +124,7 @@ class Bayes:
         self.curvature, self.curvature_batches = curvature, curvature_batches
         self.threshold = threshold
         self.graphs = {table.name: _graph(table, prior, convention, groups) for table in space.tables()}
-        leaves = [graph.values for graph in self.graphs.values()]
-        self.optimizer: torch.optim.Optimizer
-        if method == "adam":
-            self.optimizer = torch.optim.Adam(leaves, lr=learning_rate)
-        else:
-            self.optimizer = torch.optim.SGD(leaves, lr=learning_rate, momentum=momentum)
+        self.learning_rate = learning_rate
         # the last word between switches that are equal in all else, as they are before the first update
         self.ties = {name: _order(graph, seed) for name, graph in self.graphs.items()}
         self.history: list[dict[str, Any]] = []
@@ -137,8 +135,8 @@ class Bayes:
     def choice(self, step: int) -> Mixture:
         mixture = {}
         for name, graph in self.graphs.items():
-            table = graph.values.new_zeros(len(graph.table.edges), len(graph.table.ops))
-            table[:, graph.columns] = graph.values.detach() * graph.scale
+            table = torch.zeros(len(graph.table.edges), len(graph.table.ops))
+            table[:, graph.columns] = (graph.values * graph.scale).to(table)
             mixture[name] = table
         return mixture
 
@@ -147,12 +145,12 @@ class Bayes:
         if step.progress > self.warm_up:
             for name, gradient in self._gradients(step).items():
                 graph = self.graphs[name]
-                values = graph.values.detach().double().flatten().requires_grad_()
-                cost = torch.autograd.grad(self.strength * graph.penalty(values), values)[0]
-                total = gradient[:, graph.columns].to(graph.scale) * graph.scale + graph.rows(cost).to(graph.scale)
-                graph.values.grad = total * graph.alive
-            self.optimizer.step()
-            self._bury()
+                slope = gradient[:, graph.columns].double() * graph.scale
+                graph.slope = MEMORY * graph.slope + (1 - MEMORY) * slope
+                moved = graph.penalty.descend(
+                    graph.values.flatten(), slope.flatten(), self.learning_rate, self.strength
+                )
+                graph.values = graph.rows(moved) * graph.alive
         due = self.warm_up + (1 - self.warm_up) * (len(self.history) + 1) / self.updates
         if step.progress >= min(due, 1.0) and len(self.history) < self.updates:
             self._update(step)
@@ -167,12 +165,6 @@ class Bayes:
         gradients = torch.autograd.grad(step.train_loss(weights, mixture), list(mixture.values()))
         return {name: gradient.cpu() for name, gradient in zip(mixture, gradients, strict=True)}
 
-    def _bury(self) -> None:
-        """Keep dead switches at zero, whatever momentum says."""
-        with torch.no_grad():
-            for graph in self.graphs.values():
-                graph.values *= graph.alive
-
     def _update(self, step: LearnStep) -> None:
         """Curvature, variances, pruning, and the next interval's penalty.
 
@@ -182,11 +174,10 @@ class Bayes:
         if step.curvature is None:
             raise UserError("strategy: it needs an estimator that gives curvature (`LearnStep.curvature`)")
         curvatures = step.curvature(self.choice(step.step), self.curvature, self.curvature_batches)
-        worth = 0.0
         note: dict[str, Any] = {"step": step.step, "progress": step.progress, "tables": {}}
         for name, graph in self.graphs.items():
-            found = curvatures[name].detach().cpu().double()[:, graph.columns] * graph.scale.double() ** 2
-            w = graph.values.detach().double().flatten()
+            found = curvatures[name].detach().cpu().double()[:, graph.columns] * graph.scale**2
+            w = graph.values.flatten()
             # a negative curvature says that the mixture is not at a minimum; the approximation has no use for it
             h = found.flatten().clamp_min(0.0) / self.strength
             buried = ~graph.alive.flatten()
@@ -197,12 +188,12 @@ class Bayes:
             after = graph.prior.objective(w, h, graph.s)
             gamma = graph.prior.gamma(graph.s)
             graph.gamma = torch.where(graph.alive, graph.rows(gamma), graph.gamma)
-            kept = evidence.survivors(graph.switches, torch.where(buried, torch.zeros_like(gamma), gamma), self.threshold)
-            graph.alive = graph.rows(kept)
+            candidates = torch.where(buried | (w == 0), torch.zeros_like(gamma), gamma)
+            graph.alive = graph.rows(evidence.survivors(graph.switches, candidates, self.threshold))
+            graph.values = graph.values * graph.alive
             graph.h = h
             graph.penalty = graph.prior.penalty(h, graph.s)
             influence = graph.rows(w.square() * h)
-            worth = max(worth, self.strength * influence.max().item())
             note["tables"][name] = {
                 "gamma": _plain(graph.gamma),
                 "w2h": _plain(influence),
@@ -210,13 +201,15 @@ class Bayes:
                 "alive": graph.alive.tolist(),
                 "objective": [before.item(), after.item()],
             }
-        self._bury()
         note["alive"] = sum(int(graph.alive.sum()) for graph in self.graphs.values())
         self.history.append(note)
         if not all(graph.alive.any() for graph in self.graphs.values()):
+            # a lasso's switches all stay at zero where no slope of the loss exceeds lambda
+            steepest = max(graph.slope.abs().max().item() for graph in self.graphs.values())
+            suggested = min(self.strength / 2, 0.9 * steepest) or self.strength / 10
             raise Emptied(
-                f"every switch died at update {len(self.history)}: strategy.strength {self.strength:g} (lambda) asks more "
-                f"of a switch than the best one gives (r^2 H = {worth:.2g}); try strategy.strength {self.strength / 10:.2g}"
+                f"every switch died at update {len(self.history)}: strategy.strength {self.strength:g} (lambda) is more "
+                f"than any is worth here (the loss' largest slope by one is {steepest:.2g}); try {suggested:.1g}"
             )
 
     # ------------------------------------------------------------------------------------------------------- deriving
@@ -237,9 +230,11 @@ class Bayes:
         mixture = {}
         for name, graph in self.graphs.items():
             given = {source for _, source in graph.table.edges} - graph.switches.fed
-            live = given | {node for (node, _), row in zip(graph.table.edges, graph.alive.tolist(), strict=True) if any(row)}
+            live = given | {
+                node for (node, _), row in zip(graph.table.edges, graph.alive.tolist(), strict=True) if any(row)
+            }
             sound = torch.tensor([[source in live] for _, source in graph.table.edges]).expand_as(graph.alive)
-            influence = graph.rows(graph.values.detach().double().flatten().square() * graph.h)
+            influence = graph.rows(graph.values.flatten().square() * graph.h)
             keys = (sound, graph.alive, graph.gamma, influence, self.ties[name])
             order = sorted(range(graph.alive.numel()), key=lambda i, k=keys: [key.flatten()[i].item() for key in k])  # type: ignore[misc]
             ranks = torch.empty(len(order))
@@ -257,7 +252,7 @@ class Bayes:
                     "node": graph.table.edges[row][0],
                     "input": graph.table.edges[row][1],
                     "op": graph.table.ops[graph.columns[k]],
-                    "value": _plain(graph.values[row, k].detach()),
+                    "value": _plain(graph.values[row, k]),
                     "gamma": _plain(graph.gamma[row, k]),
                 }
                 for row, k in graph.alive.nonzero().tolist()
@@ -293,15 +288,15 @@ class Bayes:
         return {
             "graphs": {
                 name: {
-                    "values": graph.values.detach().clone(),
+                    "values": graph.values.clone(),
                     "s": graph.s.clone(),
                     "h": graph.h.clone(),
                     "gamma": graph.gamma.clone(),
                     "alive": graph.alive.clone(),
+                    "slope": graph.slope.clone(),
                 }
                 for name, graph in self.graphs.items()
             },
-            "optimizer": self.optimizer.state_dict(),
             "history": list(self.history),
             "proposed": self.proposed,
         }
@@ -309,13 +304,12 @@ class Bayes:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, saved in state["graphs"].items():
             graph = self.graphs[name]
-            with torch.no_grad():
-                graph.values.copy_(saved["values"])
+            graph.values = saved["values"].clone()
             graph.s, graph.h = saved["s"].clone(), saved["h"].clone()
             graph.gamma, graph.alive = saved["gamma"].clone(), saved["alive"].clone()
+            graph.slope = saved["slope"].clone()
             if state["history"]:
                 graph.penalty = graph.prior.penalty(graph.h, graph.s)
-        self.optimizer.load_state_dict(state["optimizer"])
         self.history = list(state["history"])
         self.proposed = state["proposed"]
 
@@ -349,14 +343,15 @@ def _graph(table: EdgeTable, prior: str, convention: Convention, groups: str) ->
     return _Graph(
         table=table,
         columns=columns,
-        scale=1.0 / (len(columns) * torch.tensor(incoming, dtype=torch.get_default_dtype())[:, None]),
+        scale=1.0 / (len(columns) * torch.tensor(incoming, dtype=torch.float64)[:, None]),
         switches=switches,
         prior=made,
-        values=torch.ones(shape).requires_grad_(),
+        values=torch.ones(shape, dtype=torch.float64),
         s=s,
         h=torch.zeros(len(switches.edges), dtype=torch.float64),
         gamma=torch.ones(shape, dtype=torch.float64),
         alive=torch.ones(shape, dtype=torch.bool),
+        slope=torch.zeros(shape, dtype=torch.float64),
         penalty=made.first_penalty(),
     )
 
@@ -382,6 +377,6 @@ def _plain(values: Tensor) -> Any:
     """Numbers for the record, to a few digits."""
 
     def rounded(value: Any) -> Any:
-        return [rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.{DIGITS}g}")
+        return [rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.{DIGITS}g}") + 0.0
 
     return rounded(values.tolist())
