@@ -13,6 +13,7 @@ BENCHES: dict[str, str] = {
     "cell": "lmnas.bench.cell",
     "memory": "lmnas.bench.memory",
     "overhead": "lmnas.bench.overhead",
+    "curvature": "lmnas.bench.curvature",
     "nas-bench-nlp": "lmnas.bench.nas_bench_nlp",
     "nas-bench-bert": "lmnas.bench.nas_bench_bert",
 }

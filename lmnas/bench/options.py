@@ -23,8 +23,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
 
 
-def chosen_rows(given: str | None, known: Iterable[str]) -> list[str]:
-    """The rows to measure, in the order given.
+def chosen_rows(given: str | None, known: Iterable[str], option: str = "--rows", what: str = "row") -> list[str]:
+    """The rows (or what else `option` names) to measure, in the order given.
 
     Raises:
         UserError: unknown or none.
@@ -32,10 +32,10 @@ def chosen_rows(given: str | None, known: Iterable[str]) -> list[str]:
     known = list(known)
     rows = known if given is None else [name.strip() for name in given.split(",") if name.strip()]
     if not rows:
-        raise UserError(f"--rows: expected names separated by commas, got {given!r}. Known: {', '.join(known)}.")
+        raise UserError(f"{option}: expected names separated by commas, got {given!r}. Known: {', '.join(known)}.")
     for name in rows:
         if name not in known:
-            raise UserError(f"--rows: row {name!r} is unknown. {nearest(name, known)}")
+            raise UserError(f"{option}: {what} {name!r} is unknown. {nearest(name, known)}")
     return list(dict.fromkeys(rows))
 
 

@@ -1,6 +1,7 @@
 """Second derivatives: of a supernet's loss by its mixture (`diagonal`), of a plain recurrent network's by its weights
 (`chain`), and of any function of a tensor (`generic`)."""
 
+from lmnas.curvature.chain import Chain, ChainCurvature, chain_diagonal
 from lmnas.curvature.generic import (
     exact_diagonal,
     gauss_newton_diagonal,
@@ -13,8 +14,11 @@ from lmnas.curvature.recurrent import recurrent_diagonal, softmax_head
 
 __all__ = [
     "METHODS",
+    "Chain",
+    "ChainCurvature",
     "Classifier",
     "Method",
+    "chain_diagonal",
     "diagonal",
     "exact_diagonal",
     "gauss_newton_diagonal",

@@ -5,6 +5,7 @@ twice (exact, Hutchinson) or forward (Gauss-Newton); `lmnas.kernels.plain` sees 
 """
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -81,7 +82,9 @@ def gauss_newton_diagonal(
         return torch.func.jvp(outputs, (values,), (direction,))[1]
 
     forms = []
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # PyTorch's forward mode scripts a few formulas when it is first used, and warns of its own scripting
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script", category=DeprecationWarning)
         for start in range(0, count, chunk):
             size = min(chunk, count - start)
             directions = torch.zeros(size, count, dtype=values.dtype, device=values.device)

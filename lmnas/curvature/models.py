@@ -1,7 +1,7 @@
 """Curvature of a supernet's loss by the entries of its mixture: H_e = d²E / dw_e², one number an entry.
 
-E is the mean loss of a prediction on one batch, without dropout and penalties: `model(batch, carry, {}, mixture, False)`.
-The carried state is a constant, as in training.
+E is the mean loss of a prediction on one batch, without dropout and penalties:
+`model(batch, carry, {}, mixture, False)`. The carried state is a constant, as in training.
 """
 
 import contextlib
@@ -83,7 +83,6 @@ def _probabilities(model: Any, batch: Batch, carry: State, mixture: Mixture) -> 
         return F.linear(model.features(batch, carry, mixture), *model.output_layer()).softmax(-1)
 
 
-Generators = Callable[[], torch.Generator]
 Run = Callable[[Any, Batch, State, Mixture, torch.Generator, int], Mixture]
 """(model, batch, carry, mixture, noise, draws) -> second derivatives."""
 

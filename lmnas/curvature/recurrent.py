@@ -6,8 +6,8 @@ the gates of `lmnas.kernels.reference`, is
 
     v = P s + c ∘ (g - P s),   c = σ(ĉ),  g = Σ_o w_o f_o(â),  P = Σ_o w_o,   [ĉ, â] = s [M_c, M_h]
 
-and with q the diagonal of the second derivative by s', δ the gradient by it, c_1 = c (1 - c), a = c g', b = c_1 (g - P s),
-d = P (1 - c), and m, ρ the diagonals of M_h, M_c it hands to s
+and with q the diagonal of the second derivative by s', δ the gradient by it, c_1 = c (1 - c), a = c g',
+b = c_1 (g - P s), d = P (1 - c), and m, ρ the diagonals of M_h, M_c, it hands to s
 
     M_h^∘2 (a² q + c g'' δ) + 2 (M_h∘M_c) (a b q + c_1 g' δ) + M_c^∘2 (b² q + c_1 (1 - 2c) (g - P s) δ)
       + d² q + 2 d (a m + b ρ) q - 2 P c_1 ρ δ,
@@ -15,10 +15,10 @@ d = P (1 - c), and m, ρ the diagonals of M_h, M_c it hands to s
 which is exact where the second derivative by s' is a diagonal matrix. All operations of an edge go through at once, so
 the terms between them are kept. A switch w_e of the operation's output u_e has Σ u_e² q.
 
-Left out, with an error of either sign: what is off the diagonals (width > 1), what couples several readers of one state
-(forks), and what couples two time steps of one switch (switches are tied over time). Exact, therefore, for one step of a
-cell of width 1 whose nodes form a chain; over several steps it then is the trace of the Hessian of switches that are
-free at every step.
+Left out, with an error of either sign: what is off the diagonals (width > 1), what couples several readers of one
+state (forks), and what couples two time steps of one switch (switches are tied over time). Exact, therefore, for one
+step of a cell of width 1 whose nodes form a chain; over several steps it then is the trace of the Hessian of switches
+that are free at every step.
 
 Shapes: T time, B batch, H width, V vocabulary, N nodes after node 0, E edges, K operations, R = E + 1 edges with the
 one from h_{t-1} into node 0 first.
@@ -90,7 +90,9 @@ class _Edges:
         self.mixture = torch.cat([p_input[None], p_edges])  # (R, K)
         self.columns = [self.mixture[:, k, None, None] for k in range(len(OPS))]
         self.mass = self.mixture.sum(1)[:, None, None]
-        self.gradient, self.curvature, m, rho = [], [], [], []
+        self.gradient, self.curvature = [], []
+        m: list[Tensor] = []
+        rho: list[Tensor] = []
         for i, weight in enumerate(self.forward):
             m_c, m_h = weight.transpose(-1, -2).split(width, dim=-2)  # (..., H out, H in)
             self.gradient.append(weight.transpose(-1, -2))

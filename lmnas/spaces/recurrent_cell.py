@@ -303,7 +303,7 @@ class CellSupernet(nn.Module):
         return hs, hs[-1]
 
     def encode(self, mixture: Mixture) -> tuple[Tensor, Tensor, Tensor]:
-        """A mixture as the kernels take it, weights by operation code: p_input (K,), p_edges (E, K), output_weights (N + 1,)."""
+        """Weights by operation code, as the kernels take them: p_input (K,), p_edges (E, K), output_weights (N+1,)."""
         space = self.space
         table = mixture["nodes"]
         columns = [int(space.none) + space.activations.index(op) if op in space.activations else None for op in OPS]
