@@ -208,8 +208,8 @@ class Bayes:
             steepest = max(graph.slope.abs().max().item() for graph in self.graphs.values())
             suggested = min(self.strength / 2, 0.9 * steepest) or self.strength / 10
             raise Emptied(
-                f"every switch died at update {len(self.history)}: strategy.strength {self.strength:g} (lambda) is more "
-                f"than any is worth here (the loss' largest slope by one is {steepest:.2g}); try {suggested:.1g}"
+                f"every switch died at update {len(self.history)}: strategy.strength {self.strength:g} (lambda) is "
+                f"more than any is worth here (the loss' largest slope by one is {steepest:.2g}); try {suggested:.1g}"
             )
 
     # ------------------------------------------------------------------------------------------------------- deriving
@@ -222,10 +222,11 @@ class Bayes:
         return [self.derived()]
 
     def derived(self) -> Genotype:
-        """One operation a node: the largest gamma, ties by r^2 h, then by lot.
+        """One operation a node: the largest gamma, ties by r^2 h.
 
-        A switch out of a dead node comes after all others. A node that is itself dead cannot be left out of a cell of
-        fixed size; it takes its best switch from a living node, with the variances that they died with.
+        A node that died cannot be left out of a cell of fixed size. It takes the switch from a living node at which the
+        loss is steepest: the first to come back, were lambda smaller. What still ties, as all do before the first
+        update, is decided by lot.
         """
         mixture = {}
         for name, graph in self.graphs.items():
@@ -235,7 +236,8 @@ class Bayes:
             }
             sound = torch.tensor([[source in live] for _, source in graph.table.edges]).expand_as(graph.alive)
             influence = graph.rows(graph.values.flatten().square() * graph.h)
-            keys = (sound, graph.alive, graph.gamma, influence, self.ties[name])
+            gamma = graph.gamma * graph.alive
+            keys = (sound, graph.alive, gamma, influence, graph.slope.abs(), self.ties[name])
             order = sorted(range(graph.alive.numel()), key=lambda i, k=keys: [key.flatten()[i].item() for key in k])  # type: ignore[misc]
             ranks = torch.empty(len(order))
             ranks[order] = torch.arange(1.0, len(order) + 1)

@@ -234,7 +234,7 @@ def test_what_hangs_from_a_dead_node_dies_with_it():
 
 
 def test_when_everything_dies_the_message_says_what_to_change():
-    """A slope of 0.1 by the mixture is 0.025 by a switch of node 1 (scale 1/4); its average after one step, 5 % of it."""
+    """A slope of 0.1 by the mixture is 0.025 by a switch of node 1 (scale 1/4); after one step its average is 5 % of it."""
     strategy = bayes(updates=1, strength=3.0, prior="independent", learning_rate=10.0)
     expected = r"died at update 1: strategy.strength 3 .* largest slope by one is 0.0013\); try 0.001"
     with pytest.raises(Emptied, match=expected):
@@ -271,11 +271,11 @@ def test_a_node_takes_the_largest_variance_then_the_largest_influence():
 
 
 def test_a_dead_node_is_neither_read_nor_left_without_an_input():
-    """Node 1 died: node 2 reads node 0, however large the variances out of node 1; node 1 takes its best of old."""
+    """Node 1 died: node 2 reads node 0, however large the variances out of node 1; node 1 has its steepest switch."""
     strategy = bayes()
     graph = strategy.graphs["nodes"]
     graph.alive[0] = graph.alive[2] = False
-    graph.gamma[0] = torch.tensor([0.01, 0.02, 0.03, 0.01])
+    graph.slope[0] = torch.tensor([0.01, 0.02, -0.03, 0.01])
     graph.gamma[2] = 9.0
     graph.gamma[1, 1] = 2.0
     genotype = strategy.derived()
