@@ -234,7 +234,7 @@ def test_what_hangs_from_a_dead_node_dies_with_it():
 
 
 def test_when_everything_dies_the_message_says_what_to_change():
-    """A slope of 0.1 by the mixture is 0.025 by a switch of node 1 (scale 1/4); after one step its average is 5 % of it."""
+    """A slope of 0.1 by the mixture is 0.025 by a switch of node 1 (scale 1/4); its first average is 5 % of it."""
     strategy = bayes(updates=1, strength=3.0, prior="independent", learning_rate=10.0)
     expected = r"died at update 1: strategy.strength 3 .* largest slope by one is 0.0013\); try 0.001"
     with pytest.raises(Emptied, match=expected):
