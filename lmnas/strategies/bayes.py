@@ -91,6 +91,8 @@ class Bayes:
         curvature: how H is found (`lmnas.curvature`), over `curvature_batches` training batches without dropout.
         learning_rate: of the switches. 1 / (learning_rate * strength) steps bring a switch that nothing holds to zero.
         threshold: variance at which a switch is pruned; the default has entropy 0.
+        ranking: which living switch a node takes where it may have one: of the largest prior variance (`gamma`), or of
+            the largest r^2 H, twice the loss that its removal costs to second order (`influence`).
     """
 
     needs = frozenset({"shared-weights", "mixture"})
@@ -116,6 +118,7 @@ class Bayes:
         curvature_batches: Count = 4,
         learning_rate: Positive = 2.5,
         threshold: Positive = evidence.THRESHOLD,
+        ranking: Literal["gamma", "influence"] = "gamma",
     ):
         _refuse_unfit(space)
         self.space = space
@@ -123,6 +126,7 @@ class Bayes:
         self.updates, self.warm_up, self.iterations = updates, warm_up, iterations
         self.curvature, self.curvature_batches = curvature, curvature_batches
         self.threshold = threshold
+        self.ranking = ranking
         self.graphs = {table.name: _graph(table, prior, convention, groups) for table in space.tables()}
         self.learning_rate = learning_rate
         # the last word between switches that are equal in all else, as they are before the first update
@@ -222,7 +226,7 @@ class Bayes:
         return [self.derived()]
 
     def derived(self) -> Genotype:
-        """One operation a node: the largest gamma, ties by r^2 h.
+        """One operation a node: the largest gamma, ties by r^2 h (or, by `ranking`, the other way round).
 
         A node that died cannot be left out of a cell of fixed size. It takes the switch from a living node at which the
         loss is steepest: the first to come back, were lambda smaller. What still ties, as all do before the first
@@ -236,8 +240,9 @@ class Bayes:
             }
             sound = torch.tensor([[source in live] for _, source in graph.table.edges]).expand_as(graph.alive)
             influence = graph.rows(graph.values.flatten().square() * graph.h)
-            gamma = graph.gamma * graph.alive
-            keys = (sound, graph.alive, gamma, influence, graph.slope.abs(), self.ties[name])
+            ranked = (graph.gamma * graph.alive, influence)
+            ranked = ranked if self.ranking == "gamma" else ranked[::-1]
+            keys = (sound, graph.alive, *ranked, graph.slope.abs(), self.ties[name])
             order = sorted(range(graph.alive.numel()), key=lambda i, k=keys: [key.flatten()[i].item() for key in k])  # type: ignore[misc]
             ranks = torch.empty(len(order))
             ranks[order] = torch.arange(1.0, len(order) + 1)

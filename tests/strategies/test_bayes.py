@@ -270,6 +270,16 @@ def test_a_node_takes_the_largest_variance_then_the_largest_influence():
     ]
 
 
+def test_the_ranking_by_influence():
+    strategy = bayes(ranking="influence")
+    graph = strategy.graphs["nodes"]
+    graph.gamma[0, 3] = 5.0
+    graph.h[:] = 1.0
+    graph.h[1] = 2.0
+    genotype = strategy.derived()
+    assert (genotype.choices["node_1.input"], genotype.choices["node_1.activation"]) == (0, "relu")
+
+
 def test_a_dead_node_is_neither_read_nor_left_without_an_input():
     """Node 1 died: node 2 reads node 0, however large the variances out of node 1; node 1 has its steepest switch."""
     strategy = bayes()
