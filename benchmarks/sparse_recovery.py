@@ -103,7 +103,7 @@ def linearised(cell: Cell, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def minimise(cell: Cell, w: Tensor, penalty: Penalty, strength: float, free: Tensor, rounds: int = 12) -> Tensor:
-    """Least loss + strength * penalty over the `free` switches, the others zero: Levenberg's steps by proximal descent."""
+    """Least loss + strength * penalty over the `free` switches, others zero: Levenberg's steps by proximal descent."""
     w, damping = w * free, 1e-6
     gradient, matrix = linearised(cell, w)
     value = loss(cell, w) + strength * penalty(w)

@@ -18,6 +18,7 @@ from lmnas.errors import UserError, nearest
 COMPONENTS: dict[str, dict[str, str]] = {
     "space": {
         "recurrent-cell": "lmnas.spaces.recurrent_cell:RecurrentCell",
+        "recurrent-sparse": "lmnas.spaces.recurrent_sparse:RecurrentSparse",
         "lstm": "lmnas.spaces.lstm:LSTM",
         "flexibert": "lmnas.spaces.flexibert:FlexiBERT",
         "recurrent-graph": "lmnas.spaces.recurrent_graph:RecurrentGraph",

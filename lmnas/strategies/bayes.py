@@ -242,10 +242,11 @@ class Bayes:
             influence = graph.rows(graph.values.flatten().square() * graph.h)
             ranked = (graph.gamma * graph.alive, influence)
             ranked = ranked if self.ranking == "gamma" else ranked[::-1]
-            keys = (sound, graph.alive, *ranked, graph.slope.abs(), self.ties[name])
+            keys = (graph.alive, sound, *ranked, graph.slope.abs(), self.ties[name])
             order = sorted(range(graph.alive.numel()), key=lambda i, k=keys: [key.flatten()[i].item() for key in k])  # type: ignore[misc]
+            # above zero what lives, for spaces that keep all of it
             ranks = torch.empty(len(order))
-            ranks[order] = torch.arange(1.0, len(order) + 1)
+            ranks[order] = torch.arange(1.0, len(order) + 1) - (~graph.alive).sum()
             table = torch.zeros(len(graph.table.edges), len(graph.table.ops))
             table[:, graph.columns] = graph.rows(ranks)
             mixture[name] = table

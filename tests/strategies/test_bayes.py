@@ -15,6 +15,7 @@ from lmnas.files import pack, read_events, unpack
 from lmnas.job import Job
 from lmnas.protocols import LearnStep, Objective
 from lmnas.spaces.recurrent_cell import RecurrentCell
+from lmnas.spaces.recurrent_sparse import RecurrentSparse
 from lmnas.strategies.bayes import Bayes
 from lmnas.train import Optimizer, Training, WeightTraining
 
@@ -291,6 +292,22 @@ def test_a_dead_node_is_neither_read_nor_left_without_an_input():
     genotype = strategy.derived()
     assert (genotype.choices["node_1.input"], genotype.choices["node_1.activation"]) == (0, "sigmoid")
     assert (genotype.choices["node_2.input"], genotype.choices["node_2.activation"]) == (0, "relu")
+
+
+def test_a_space_that_keeps_all_survivors_gets_them():
+    """Two operations on one edge, a node that died, and nothing that hangs from it."""
+    strategy = Bayes(RecurrentSparse(n_nodes=3), OBJECTIVE, 0)
+    graph = strategy.graphs["nodes"]
+    graph.alive[:] = False
+    for row, k in ((0, 0), (0, 3), (3, 1), (4, 2)):  # 1 <- 0 twice, 3 <- 0, 3 <- 1; node 2 is dead
+        graph.alive[row, k] = True
+    (genotype,) = strategy.ask(1)
+    assert dict(genotype.choices) == {
+        "node_0.activation": "tanh",
+        "node_1.inputs": ["0:tanh", "0:identity"],
+        "node_2.inputs": [],
+        "node_3.inputs": ["0:relu", "1:sigmoid"],
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
