@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,10 @@ def loss(cell: Cell, w: Tensor, split: str = "train") -> Tensor:
 def linearised(cell: Cell, w: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient and Gauss-Newton matrix of the training loss."""
     residual = (cell.predict["train"](w) - cell.targets["train"]).flatten()
-    jacobian = torch.func.jacfwd(cell.predict["train"])(w).flatten(0, -2)
+    with warnings.catch_warnings():
+        # PyTorch's forward mode scripts a few formulas when it is first used, and warns of its own scripting
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script", category=DeprecationWarning)
+        jacobian = torch.func.jacfwd(cell.predict["train"])(w).flatten(0, -2)
     return jacobian.t() @ residual / len(residual), jacobian.t() @ jacobian / len(residual)
 
 
