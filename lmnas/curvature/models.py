@@ -7,11 +7,12 @@ E is the mean loss of a prediction on one batch, without dropout and penalties:
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmnas.curvature.generic import (
     chunk_of,
@@ -21,7 +22,7 @@ from lmnas.curvature.generic import (
     softmax_form,
     squared_gradients,
 )
-from lmnas.curvature.recurrent import recurrent_diagonal, softmax_head
+from lmnas.curvature.recurrent import recurrent_diagonal, recurrent_squared_gradients, softmax_head
 from lmnas.errors import UserError, nearest
 from lmnas.kernels import OPS, plain
 from lmnas.protocols import Batch, Choice, Mixture, State
@@ -87,19 +88,25 @@ Run = Callable[[Any, Batch, State, Mixture, torch.Generator, int], Mixture]
 """(model, batch, carry, mixture, noise, draws) -> second derivatives."""
 
 
-def _exact(model, batch, carry, mixture, noise, draws):
+def _exact(
+    model: Any, batch: Batch, carry: State, mixture: Mixture, noise: torch.Generator, draws: int
+) -> dict[str, Tensor]:
     flat = _Flat(mixture)
     with _constant(model):
         return flat.mixture(exact_diagonal(_loss(model, batch, carry, flat), flat.values))
 
 
-def _hutchinson(model, batch, carry, mixture, noise, draws):
+def _hutchinson(
+    model: Any, batch: Batch, carry: State, mixture: Mixture, noise: torch.Generator, draws: int
+) -> dict[str, Tensor]:
     flat = _Flat(mixture)
     with _constant(model):
         return flat.mixture(hutchinson_diagonal(_loss(model, batch, carry, flat), flat.values, noise, draws))
 
 
-def _gauss_newton(model, batch, carry, mixture, noise, draws):
+def _gauss_newton(
+    model: Any, batch: Batch, carry: State, mixture: Mixture, noise: torch.Generator, draws: int
+) -> dict[str, Tensor]:
     flat = _Flat(mixture)
     weight, _ = model.output_layer()
     with _constant(model):
@@ -113,36 +120,125 @@ def _gauss_newton(model, batch, carry, mixture, noise, draws):
         )
 
 
-def _sampled(model, batch, carry, mixture, noise, draws):
+def _sampled(
+    model: Any, batch: Batch, carry: State, mixture: Mixture, noise: torch.Generator, draws: int
+) -> dict[str, Tensor]:
     """The loss of a sequence is that of a batch of its own, so the model may not couple sequences (batch norm does)."""
+    body: Any = getattr(model, "body", None)
+    if getattr(getattr(body, "space", None), "batch_norm", "none") != "none":
+        raise UserError(
+            f"curvature 'sampled': batch_norm {body.space.batch_norm!r} couples the sequences of a batch, whose "
+            "gradients are squared one by one; set it to 'none', or take 'gauss-newton'"
+        )
+    if any(isinstance(module, _BatchNorm) and module.training for module in model.modules()):
+        raise UserError(
+            "curvature 'sampled': batch norm in training mode couples the examples of a batch, whose gradients are "
+            "squared one by one; call eval() on the model, or take 'gauss-newton'"
+        )
+    cell = _cell(model, batch, carry, mixture)
+    if cell is not None and not cell.weighs_nodes:
+        return _sampled_cell(model, batch, cell, mixture, noise, draws)
     flat = _Flat(mixture)
     axis = batch.targets.dim() - 1
     n_sequences = batch.targets.shape[axis]
-    if carry is None:
-        carry = model.body.initial_state(n_sequences)
+    if carry is None and hasattr(body, "initial_state"):
+        carry = body.initial_state(n_sequences)
+    states = () if carry is None else (carry,)
+    state_dims = tuple(_map(state, lambda part: part.dim() - 2) for state in states)
     total = torch.zeros_like(flat.values)
 
-    def log_likelihood(values: Tensor, inputs: Tensor, labels: Tensor, state: State) -> Tensor:
+    def log_likelihood(values: Tensor, inputs: Tensor, labels: Tensor, *states: State) -> Tensor:
         alone = Batch(inputs.unsqueeze(axis), labels.unsqueeze(axis))
-        features = model.features(alone, _map(state, lambda part: part.unsqueeze(-2)), flat.mixture(values))
+        state = _map(states[0], lambda part: part.unsqueeze(-2)) if states else None
+        features = model.features(alone, state, flat.mixture(values))
         return -F.cross_entropy(F.linear(features, *model.output_layer()), labels.flatten(), reduction="sum")
 
     with _constant(model):
         probabilities = _probabilities(model, batch, carry, mixture)
         for _ in range(draws):
-            labels = torch.multinomial(probabilities, 1, generator=noise).view_as(batch.targets)
-            dims = (axis, axis, _map(carry, lambda part: part.dim() - 2))
-            total += squared_gradients(log_likelihood, flat.values, (batch.inputs, labels, carry), dims)
+            labels = _draw(probabilities, noise).view_as(batch.targets)
+            examples, dims = (batch.inputs, labels, *states), (axis, axis, *state_dims)
+            total += squared_gradients(log_likelihood, flat.values, examples, dims)
     return flat.mixture(total / (draws * batch.targets.numel()))
+
+
+def _draw(probabilities: Tensor, noise: torch.Generator) -> Tensor:
+    """One class for each row of (N, V): where the cumulated probability passes a uniform number. `multinomial` draws a
+    number for every class, which takes longer than the network."""
+    cumulated = probabilities.cumsum(-1)
+    uniform = torch.rand(len(cumulated), 1, generator=noise, device=noise.device, dtype=cumulated.dtype)
+    found = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)[:, 0]
+    return found.clamp_(max=cumulated.shape[1] - 1)
 
 
 def _map(state: State, function: Callable[[Tensor], Any]) -> Any:
     return function(state) if isinstance(state, Tensor) else tuple(_map(part, function) for part in state)
 
 
-def _recursion(model, batch, carry, mixture, noise, draws):
-    body = model.body
-    if not hasattr(body, "encode"):
+class _Cell(NamedTuple):
+    """A recurrent cell's supernet, as its kernel takes it; `weighs_nodes`: the mixture also weighs the nodes in h_t."""
+
+    arguments: tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]
+    tables: Any
+    weighs_nodes: bool
+
+    def named(self, by_input: Tensor, by_edges: Tensor, mixture: Mixture) -> dict[str, Tensor]:
+        """From operation codes, (K,) and (E, K), to the columns of the mixture's tables."""
+        found = {"input": by_input[None], "nodes": by_edges}
+        result = {name: torch.zeros_like(table) for name, table in mixture.items()}
+        for table in self.tables:
+            for column, op in enumerate(table.ops):
+                if op in OPS:
+                    result[table.name][:, column] = found[table.name][:, OPS.index(op)]
+        return result
+
+
+def _cell(model: Any, batch: Batch, carry: State, mixture: Mixture) -> _Cell | None:
+    """None: the body is another one."""
+    body = getattr(model, "body", None)
+    if body is None or not hasattr(body, "encode"):
+        return None
+    with torch.enable_grad():
+        encoded = body.encode({name: table.detach().requires_grad_() for name, table in mixture.items()})
+    inputs = model.embedded(batch, {}).detach()
+    state = body.initial_state(inputs.shape[1]) if carry is None else carry
+    p_input, p_edges, output_weights = (part.detach().to(inputs) for part in encoded)
+    w_input, w_nodes = body.w_input.detach(), [weight.detach() for weight in body.w_nodes]
+    arguments = (inputs, state, w_input, w_nodes, p_input, p_edges, output_weights)
+    return _Cell(arguments, body.space.tables(), encoded[2].requires_grad)
+
+
+def _output_layer(model: Any) -> tuple[Tensor, Tensor | None]:
+    weight, bias = model.output_layer()
+    return weight.detach(), None if bias is None else bias.detach()
+
+
+def _sampled_cell(
+    model: Any, batch: Batch, cell: _Cell, mixture: Mixture, noise: torch.Generator, draws: int
+) -> dict[str, Tensor]:
+    """The same as by a pass for every sequence, in one sweep."""
+    weight, bias = _output_layer(model)
+    total = {name: torch.zeros_like(table) for name, table in mixture.items()}
+
+    def gradient(hs: Tensor) -> Tensor:
+        """Of the summed log-likelihood of labels drawn from the model."""
+        p = F.linear(hs.flatten(0, 1), weight, bias).softmax(-1)
+        labels = _draw(p, noise)
+        return (weight[labels] - p @ weight).view_as(hs)
+
+    for _ in range(draws):
+        squares = recurrent_squared_gradients(*cell.arguments, gradient)
+        for name, found in cell.named(*squares, mixture).items():
+            total[name] += found / (draws * batch.targets.numel())
+    return total
+
+
+def _recursion(
+    model: Any, batch: Batch, carry: State, mixture: Mixture, noise: torch.Generator, draws: int
+) -> dict[str, Tensor]:
+    body: Any = getattr(model, "body", None)
+    cell = _cell(model, batch, carry, mixture)
+    if cell is None:
         raise UserError(
             f"curvature 'recursion': expected the supernet of a recurrent cell, got {type(body).__name__}; "
             "'gauss-newton' and 'sampled' take any supernet"
@@ -152,36 +248,14 @@ def _recursion(model, batch, carry, mixture, noise, draws):
             f"curvature 'recursion': batch_norm {body.space.batch_norm!r} couples the sequences of a batch, which a "
             "recursion by sequence cannot follow, and hides the size of the switches from the loss; set it to 'none'"
         )
-    with torch.enable_grad():
-        leaves = {name: table.detach().requires_grad_() for name, table in mixture.items()}
-        p_input, p_edges, output_weights = (part for part in body.encode(leaves))
-    if output_weights.requires_grad:
+    if cell.weighs_nodes:
         raise UserError(
             f"curvature 'recursion': with output {body.space.output!r} the mixture also weighs the nodes in h_t, which "
             "the recursion leaves out; set it to 'all-nodes', or take 'gauss-newton'"
         )
-    inputs = model.embedded(batch, {}).detach()
-    state = body.initial_state(inputs.shape[1]) if carry is None else carry
-    weight, bias = model.output_layer()
-    head = softmax_head(weight.detach(), None if bias is None else bias.detach(), batch.targets)
-    weights = [w.detach() for w in body.w_nodes]
-    found = recurrent_diagonal(
-        inputs,
-        state,
-        body.w_input.detach(),
-        weights,
-        p_input.detach().to(inputs),
-        p_edges.detach().to(inputs),
-        output_weights.detach().to(inputs),
-        head,
-    )
-    by_name = {"input": found.input[None], "nodes": found.edges}
-    result = {name: torch.zeros_like(table) for name, table in mixture.items()}
-    for table in body.space.tables():
-        for column, op in enumerate(table.ops):
-            if op in OPS:
-                result[table.name][:, column] = by_name[table.name][:, OPS.index(op)]
-    return result
+    weight, bias = _output_layer(model)
+    found = recurrent_diagonal(*cell.arguments, softmax_head(weight, bias, batch.targets))
+    return cell.named(found.input, found.edges, mixture)
 
 
 @dataclass(frozen=True)

@@ -114,33 +114,23 @@ def _add_product(total: Tensor, rows: Tensor, matrix: Tensor) -> None:
         total.baddbmm_(rows, matrix)
 
 
-@torch.no_grad()
-def recurrent_diagonal(
-    inputs: Tensor,
-    state: Tensor,
-    w_input: Tensor,
-    w_nodes: Sequence[Tensor],
-    p_input: Tensor,
-    p_edges: Tensor,
-    output_weights: Tensor,
-    head: Head,
-) -> CellCurvature:
-    """The recursion over one segment of `kernels.recurrent_mixture` without dropout or batch norm.
+class _Kept(NamedTuple):
+    """What a forward pass leaves for the sweeps back: `states` (T, N + 2, B, H) are h_{t-1}, s_0, ..., s_N, `gates`
+    (T, R, B, 2H) are [c, â], the rest (T, R, B, H) tanh(â), σ(â) and g - P s; `hs` (T, B, H)."""
 
-    Args:
-        inputs, state, w_input, w_nodes, p_input, p_edges, output_weights: as there.
-        head: the loss behind the cell; separable over T and B.
+    states: Tensor
+    gates: Tensor
+    tanh: Tensor
+    sigmoid: Tensor
+    gap: Tensor
+    hs: Tensor
 
-    The state is a constant, and what lies before the segment does not count (truncated BPTT).
-    """
+
+def _forward(inputs: Tensor, state: Tensor, w_input: Tensor, edges: _Edges, output_weights: Tensor) -> _Kept:
     steps, batch, width = inputs.shape
-    n_nodes = len(output_weights) - 1
-    edges = _Edges(w_input[width:], w_nodes, p_input, p_edges, n_nodes)
-    n_rows = len(edges.mixture)
-
-    # forward, keeping [c, â], tanh, sigmoid and g - P s of every edge
+    n_nodes, n_rows = len(output_weights) - 1, len(edges.mixture)
     x_projection = inputs @ w_input[:width]
-    states = inputs.new_empty(steps, n_nodes + 2, batch, width)  # h_{t-1}, s_0, ..., s_N
+    states = inputs.new_empty(steps, n_nodes + 2, batch, width)
     gates = inputs.new_empty(steps, n_rows, batch, 2 * width)
     tanh, sigmoid, gap = (inputs.new_empty(steps, n_rows, batch, width) for _ in range(3))
     hs = torch.empty_like(inputs)
@@ -167,7 +157,34 @@ def recurrent_diagonal(
             torch.sum(carried.addcmul_(c, gap[t, rows]), dim=0, out=states[t, i + 1])
         h = torch.mv(states[t, 1:].view(n_nodes + 1, -1).t(), output_weights).view(batch, width)
         hs[t] = h
+    return _Kept(states, gates, tanh, sigmoid, gap, hs)
 
+
+@torch.no_grad()
+def recurrent_diagonal(
+    inputs: Tensor,
+    state: Tensor,
+    w_input: Tensor,
+    w_nodes: Sequence[Tensor],
+    p_input: Tensor,
+    p_edges: Tensor,
+    output_weights: Tensor,
+    head: Head,
+) -> CellCurvature:
+    """The recursion over one segment of `kernels.recurrent_mixture` without dropout or batch norm.
+
+    Args:
+        inputs, state, w_input, w_nodes, p_input, p_edges, output_weights: as there.
+        head: the loss behind the cell; separable over T and B.
+
+    The state is a constant, and what lies before the segment does not count (truncated BPTT).
+    """
+    steps, batch, width = inputs.shape
+    n_nodes = len(output_weights) - 1
+    edges = _Edges(w_input[width:], w_nodes, p_input, p_edges, n_nodes)
+    n_rows = len(edges.mixture)
+
+    states, gates, tanh, sigmoid, gap, hs = _forward(inputs, state, w_input, edges, output_weights)
     head_gradient, head_curvature = head(hs)
     shares = output_weights[:, None, None]
     found = torch.zeros_like(edges.mixture)
@@ -219,3 +236,58 @@ def recurrent_diagonal(
             u = torch.addcmul(kept, c, f).square_()
             found[:, k] += torch.bmm(u.view(n_rows, 1, -1), q)[:, 0, 0]
     return CellCurvature(found[0], found[1:], later_curvature[0])
+
+
+@torch.no_grad()
+def recurrent_squared_gradients(
+    inputs: Tensor,
+    state: Tensor,
+    w_input: Tensor,
+    w_nodes: Sequence[Tensor],
+    p_input: Tensor,
+    p_edges: Tensor,
+    output_weights: Tensor,
+    gradient: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """For every sequence the gradient by the mixture, squared; summed over sequences: (K,) and (E, K).
+
+    One sweep instead of a pass a sequence: of each gradient only the inner products with the operations' outputs are
+    kept, (R, K, B).
+
+    Args:
+        inputs, state, w_input, w_nodes, p_input, p_edges, output_weights: as in `recurrent_diagonal`.
+        gradient: (T, B, H) outputs of the cell -> gradient of the function by them.
+    """
+    width = inputs.shape[-1]
+    n_nodes = len(output_weights) - 1
+    edges = _Edges(w_input[width:], w_nodes, p_input, p_edges, n_nodes)
+    kept = _forward(inputs, state, w_input, edges, output_weights)
+    outer = gradient(kept.hs)
+    shares = output_weights[:, None, None]
+    found = inputs.new_zeros(len(OPS), len(edges.mixture), inputs.shape[1])
+    later = torch.zeros_like(state)[None]
+    by_delta = inputs.new_empty(len(edges.mixture), inputs.shape[1], 3, width)
+    w = edges.columns
+    for t in reversed(range(len(inputs))):
+        c, a = kept.gates[t].split(width, dim=-1)
+        tanh, sigmoid = kept.tanh[t], kept.sigmoid[t]
+        g_1 = ((a > 0).to(a) * w[RELU]).add_(w[IDENTITY] + w[TANH])
+        g_1.addcmul_(tanh.square(), w[TANH], value=-1).addcmul_(sigmoid * (1 - sigmoid), w[SIGMOID])
+        stay = 1 - c
+        torch.mul(c * stay, kept.gap[t], out=by_delta[:, :, 0])
+        torch.mul(c, g_1, out=by_delta[:, :, 1])
+        torch.mul(stay, edges.mass, out=by_delta[:, :, 2])
+        gradients = shares * (outer[t] + later)
+        later = torch.zeros_like(later)
+        for i in reversed(range(n_nodes + 1)):
+            z = by_delta[edges.rows[i]] * gradients[i, :, None]
+            to = gradients[:i] if i > 0 else later
+            _add_product(to, z.flatten(2)[..., : 2 * width], edges.gradient[i])
+            to += z[:, :, 2]
+        delta = gradients[edges.targets]
+        carried = torch.linalg.vecdot(stay.mul_(delta), kept.states[t][edges.sources])
+        delta.mul_(c)
+        for k, f in ((TANH, tanh), (SIGMOID, sigmoid), (RELU, a.relu()), (IDENTITY, a)):
+            found[k] += carried + torch.linalg.vecdot(delta, f)
+    squares = found.square_().sum(-1).t()  # (R, K)
+    return squares[0], squares[1:]
