@@ -421,3 +421,8 @@ def test_all_candidates_fail(folder, capsys):
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("lmnas: search: every candidate failed (diverged at step 1")
     assert Path("runs/tiny/results.json").exists()
+
+
+def test_a_norm_that_hides_the_size_of_switches(refused):
+    message = refused("search", "tiny.yaml", "--strategy", "bayes")
+    assert message.startswith("space.batch_norm 'nodes': strategy 'bayes' needs 'none'")

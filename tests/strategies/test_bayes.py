@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import killing
 import pytest
 import tiny
 import torch
 
-from lmnas import evidence
+from lmnas import evidence, registry
+from lmnas.curvature import METHODS
 from lmnas.errors import Emptied, UserError
 from lmnas.estimators.shared import Shared
 from lmnas.files import pack, read_events, unpack
@@ -320,6 +322,11 @@ def test_what_it_cannot_judge_is_refused():
     ):
         with pytest.raises(UserError, match=message):
             Bayes(space(2, **settings), OBJECTIVE, 0)
+
+
+def test_every_curvature_may_be_named():
+    annotation = registry.settings_model(Bayes).model_fields["curvature"].annotation
+    assert set(get_args(annotation)) == set(METHODS)
 
 
 def test_an_estimator_without_curvature_is_refused():
