@@ -224,14 +224,19 @@ class Penalty:
         smooth = ((self.shares * ~alone) @ weights) * w
         return smooth, ((self.kappa * self.shares).sqrt() * alone).sum(1)
 
-    def descend(self, w: Tensor, gradient: Tensor, rate: float, strength: float) -> Tensor:
+    def descend(
+        self, w: Tensor, gradient: Tensor, rate: float, strength: float, longest: float | None = None
+    ) -> Tensor:
         """(E,) switches after one proximal step on loss + strength * cost, `gradient` being that of the loss.
+
+        `longest` bounds how far the gradient moves a switch.
 
         Exact zeros come from it. For a lasso it is the iterative soft threshold (Daubechies et al., 2004); where groups
         overlap, each switch's threshold is taken with the others held.
         """
         smooth, kink = self.slopes(w)
-        moved = w - rate * (gradient + strength * smooth)
+        step = rate * (gradient + strength * smooth)
+        moved = w - (step if longest is None else step.clamp(-longest, longest))
         return moved.sign() * (moved.abs() - rate * strength * kink).clamp_min(0)
 
 

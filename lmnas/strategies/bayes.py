@@ -90,6 +90,7 @@ class Bayes:
         iterations: updates of the variances at each outer iteration.
         curvature: how H is found (`lmnas.curvature`), over `curvature_batches` training batches without dropout.
         learning_rate: of the switches. 1 / (learning_rate * strength) steps bring a switch that nothing holds to zero.
+        longest_step: how far a gradient moves a switch at once: the first ones may be a thousand times the last.
         threshold: variance at which a switch is pruned; the default has entropy 0.
         ranking: which living switch a node takes where it may have one: of the largest prior variance (`gamma`), or of
             the largest r^2 H, twice the loss that its removal costs to second order (`influence`).
@@ -107,7 +108,7 @@ class Bayes:
         objective: Objective,
         seed: int,
         *,
-        strength: Positive = 0.005,
+        strength: Positive = 0.001,
         prior: Literal["dependency", "edge-cap", "independent"] = "dependency",
         convention: Convention = "normalised",
         groups: Literal["switch", "edge"] = "switch",
@@ -116,7 +117,8 @@ class Bayes:
         iterations: Count = evidence.ITERATIONS,
         curvature: Literal["recursion", "gauss-newton", "sampled", "hutchinson", "exact"] = "recursion",
         curvature_batches: Count = 4,
-        learning_rate: Positive = 2.5,
+        learning_rate: Positive = 10.0,
+        longest_step: Positive = 0.05,
         threshold: Positive = evidence.THRESHOLD,
         ranking: Literal["gamma", "influence"] = "gamma",
     ):
@@ -128,7 +130,7 @@ class Bayes:
         self.threshold = threshold
         self.ranking = ranking
         self.graphs = {table.name: _graph(table, prior, convention, groups) for table in space.tables()}
-        self.learning_rate = learning_rate
+        self.learning_rate, self.longest_step = learning_rate, longest_step
         # the last word between switches that are equal in all else, as they are before the first update
         self.ties = {name: _order(graph, seed) for name, graph in self.graphs.items()}
         self.history: list[dict[str, Any]] = []
@@ -152,7 +154,7 @@ class Bayes:
                 slope = gradient[:, graph.columns].double() * graph.scale
                 graph.slope = MEMORY * graph.slope + (1 - MEMORY) * slope
                 moved = graph.penalty.descend(
-                    graph.values.flatten(), slope.flatten(), self.learning_rate, self.strength
+                    graph.values.flatten(), slope.flatten(), self.learning_rate, self.strength, self.longest_step
                 )
                 graph.values = graph.rows(moved) * graph.alive
         due = self.warm_up + (1 - self.warm_up) * (len(self.history) + 1) / self.updates
@@ -208,12 +210,13 @@ class Bayes:
         note["alive"] = sum(int(graph.alive.sum()) for graph in self.graphs.values())
         self.history.append(note)
         if not all(graph.alive.any() for graph in self.graphs.values()):
-            # a lasso's switches all stay at zero where no slope of the loss exceeds lambda
+            # a lasso's switches all stay at zero where no slope of the loss exceeds lambda; but slopes fade with the
+            # switches, so less than a tenth would be too timid
             steepest = max(graph.slope.abs().max().item() for graph in self.graphs.values())
-            suggested = min(self.strength / 2, 0.9 * steepest) or self.strength / 10
+            suggested = min(self.strength / 2, max(self.strength / 10, 0.9 * steepest))
             raise Emptied(
                 f"every switch died at update {len(self.history)}: strategy.strength {self.strength:g} (lambda) is "
-                f"more than any is worth here (the loss' largest slope by one is {steepest:.2g}); try {suggested:.1g}"
+                f"more than any is worth here (the loss' largest slope by one is {steepest:.2g}); try {suggested:.2g}"
             )
 
     # ------------------------------------------------------------------------------------------------------- deriving

@@ -93,11 +93,17 @@ def test_switches_stand_still_in_the_warm_up():
 def test_a_step_of_the_switches_by_hand():
     """r <- soft(r - rate dE/dw * scale, rate lambda): before the first update the penalty is sum |r|. Node 2 has two
     edges of four operations: its scale is 1/8."""
-    strategy = bayes(prior="independent", strength=0.02, learning_rate=0.5, updates=1)
+    strategy = bayes(prior="independent", strength=0.02, learning_rate=0.5, longest_step=1.0, updates=1)
     strategy.learn(step(progress=0.6, gradient=0.4))
     values = strategy.graphs["nodes"].values
     assert values[0].tolist() == pytest.approx([1 - 0.5 * (0.4 / 4 + 0.02)] * 4)
     assert values[1:].flatten().tolist() == pytest.approx([1 - 0.5 * (0.4 / 8 + 0.02)] * 8)
+
+
+def test_a_steep_loss_moves_a_switch_no_further_than_the_longest_step():
+    strategy = bayes(prior="independent", strength=1e-9, learning_rate=5.0, longest_step=0.1)
+    strategy.learn(step(progress=0.6, gradient=-1e6))
+    assert strategy.graphs["nodes"].values.flatten().tolist() == pytest.approx([1.1] * 12)
 
 
 def test_the_gradient_of_its_own_pass_is_that_of_the_update(tiny_task, tmp_path, monkeypatch):
@@ -142,7 +148,7 @@ def estimator(task, epochs=1, **model):
 def test_one_pass_on_a_small_text(tiny_task, tmp_path):
     """Updates come where they are due, the weights learn, switches move and are pruned, and one cell is proposed."""
     shared = estimator(tiny_task, epochs=2)
-    strategy = Bayes(shared.space, tiny_task.objective, 0, strength=4e-4, updates=3, warm_up=0.2, learning_rate=40.0)
+    strategy = Bayes(shared.space, tiny_task.objective, 0, strength=6e-4, updates=3, warm_up=0.2, learning_rate=40.0)
     shared.prepare(strategy, Job(tmp_path))
     progress = [note["progress"] for note in strategy.history]
     assert progress[-1] == 1.0 and len(progress) == 3
@@ -237,11 +243,17 @@ def test_what_hangs_from_a_dead_node_dies_with_it():
 
 
 def test_when_everything_dies_the_message_says_what_to_change():
-    """A slope of 0.1 by the mixture is 0.025 by a switch of node 1 (scale 1/4); its first average is 5 % of it."""
-    strategy = bayes(updates=1, strength=3.0, prior="independent", learning_rate=10.0)
-    expected = r"died at update 1: strategy.strength 3 .* largest slope by one is 0.0013\); try 0.001"
-    with pytest.raises(Emptied, match=expected):
-        strategy.learn(step(gradient=0.1, curvature=1e5))
+    """A slope of 40 by the mixture is 10 by a switch of node 1 (scale 1/4); its first average is 5 % of it, 0.5.
+    A lambda of nine tenths of that is suggested, but a tenth of the old one at least and a half at most."""
+    for strength, suggested in ((3.0, "0.45"), (0.6, "0.3"), (30.0, "3")):
+        strategy = bayes(updates=1, strength=strength, prior="independent", learning_rate=10.0)
+        strategy.graphs["nodes"].values[:] = 0.0
+        strategy.longest_step = 1e-9
+        expected = (
+            rf"died at update 1: strategy.strength {strength:g} .* largest slope by one is 0.5\); try {suggested}$"
+        )
+        with pytest.raises(Emptied, match=expected):
+            strategy.learn(step(gradient=40.0, curvature=1e5))
 
 
 def test_a_run_in_which_everything_dies_ends_with_that_message(tiny_text, tmp_path):
