@@ -17,6 +17,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from scipy import stats
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from lmnas.bench.options import chosen_rows, columns, positive, settle_kernel, s
 from lmnas.curvature import METHODS, diagonal, exact_diagonal
 from lmnas.kernels import Decided, recurrent_mixture, set_kernel
 from lmnas.protocols import Batch, Mixture, State
-from lmnas.report.plots import STYLE
+from lmnas.report.plots import FAINT, STYLE
 from lmnas.seeds import generator
 from lmnas.spaces.recurrent_cell import RecurrentCell
 from lmnas.tasks.language_modeling import BatchSettings, LanguageModel, LanguageModeling, ModelSettings
@@ -285,26 +286,35 @@ def text(document: dict[str, Any]) -> str:
 
 
 def pictures(document: dict[str, Any], folder: Path) -> list[Path]:
-    """`curvature.png`: every method's estimates against the exact values, trained networks, one colour each."""
+    """`curvature.png`: sizes of every method's estimates against the exact ones, trained networks, one colour each; a
+    cross is an estimate of the wrong sign."""
     points = document["points"]
     if not points:
         return []
+    sizes = torch.tensor([pair for pairs in points.values() for pair in pairs], dtype=torch.float64).abs()
+    sizes = sizes[sizes > 0]
+    low, high = (sizes.quantile(q).item() for q in (0.01, 1.0))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.1 * len(points), 3.6), layout="constrained")
+        figure = Figure(figsize=(2.4 * len(points), 3.1), layout="constrained")
         panels = figure.subplots(1, len(points), squeeze=False, sharex=True, sharey=True)[0]
-        everything = torch.tensor([pair for pairs in points.values() for pair in pairs]).abs()
-        # linear within a hundredth of the typical value, so that values below zero have their place
-        linear = max(everything.median().item() / 100, 1e-30)
-        limit = everything.max().item() * 1.5
         for axes, row in zip(panels, (r for r in document["rows"] if r["method"] in points), strict=True):
-            axes.plot([-limit, limit], [-limit, limit], color="0.7", linewidth=0.8, zorder=0)
-            for exact, found in points[row["method"]]:
-                axes.plot(exact, found, ".", markersize=4, alpha=0.8)
-            axes.set_xscale("symlog", linthresh=linear)
-            axes.set_yscale("symlog", linthresh=linear)
-            axes.set_xlabel("exact second derivative")
-            axes.set_title(f"{row['method']}, ρ = {row['trained']['rank_correlation_median']:.2f}")
-        panels[0].set_ylabel("estimate")
+            axes.plot([low, high], [low, high], color=FAINT, linewidth=0.8, zorder=0)
+            for number, pair in enumerate(points[row["method"]]):
+                exact, found = torch.tensor(pair, dtype=torch.float64)
+                wrong = exact * found < 0
+                for kept, marker in ((~wrong, "."), (wrong, "x")):
+                    x, y = exact[kept].abs().tolist(), found[kept].abs().tolist()
+                    axes.plot(x, y, marker, color=f"C{number % 10}", markersize=4, alpha=0.8)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlim(low / 1.5, high * 1.5)
+            axes.set_ylim(low / 1.5, high * 1.5)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(lambda value, _: f"{value:g}")
+                axis.set_minor_formatter(NullFormatter())
+            axes.set_xlabel("exact")
+            axes.set_title(f"{row['method']}, ρ {row['trained']['rank_correlation_median']:.2f}", fontsize="medium")
+        panels[0].set_ylabel("estimated")
         path = folder / "curvature.png"
         figure.savefig(path, dpi=150)
     return [path]
