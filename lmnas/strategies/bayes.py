@@ -89,6 +89,8 @@ class Bayes:
         warm_up: share of all steps in which only weights are trained.
         iterations: updates of the variances at each outer iteration.
         curvature: how H is found (`lmnas.curvature`), over `curvature_batches` training batches without dropout.
+            `sampled` is the nearest to the second derivative for its price (docs/curvature.md), `recursion` the way of
+            the papers.
         learning_rate: of the switches. 1 / (learning_rate * strength) steps bring a switch that nothing holds to zero.
         longest_step: how far a gradient moves a switch at once: the first ones may be a thousand times the last.
         threshold: variance at which a switch is pruned; the default has entropy 0.
@@ -115,7 +117,7 @@ class Bayes:
         updates: Count = 1,
         warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.1,
         iterations: Count = evidence.ITERATIONS,
-        curvature: Literal["recursion", "gauss-newton", "sampled", "hutchinson", "exact"] = "recursion",
+        curvature: Literal["sampled", "recursion", "gauss-newton", "hutchinson", "exact"] = "sampled",
         curvature_batches: Count = 4,
         learning_rate: Positive = 10.0,
         longest_step: Positive = 0.05,
