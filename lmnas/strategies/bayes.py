@@ -120,7 +120,7 @@ class Bayes:
         curvature: Literal["sampled", "recursion", "gauss-newton", "hutchinson", "exact"] = "sampled",
         curvature_batches: Count = 4,
         learning_rate: Positive = 10.0,
-        longest_step: Positive = 0.05,
+        longest_step: Positive = 0.5,
         threshold: Positive = evidence.THRESHOLD,
         ranking: Literal["gamma", "influence"] = "gamma",
     ):
