@@ -187,6 +187,8 @@ def pruning_figures(curve: Curve) -> list[tuple[str, str]]:
             panel.axhline(noted["threshold"], color=INK, linestyle=":", label="threshold")
             panel.plot([], [], color=FAINT, linewidth=0.5, label="pruned")
             panel.set_yscale("log")
+            panel.yaxis.set_major_formatter(FuncFormatter(_tick))
+            panel.yaxis.set_minor_formatter(NullFormatter())
             panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             _legend(figure, panel)
         figures.append((f"Prior variances, {n_alive} of {n} switches alive at the end; {about}", _svg(figure)))

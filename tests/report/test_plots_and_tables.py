@@ -78,6 +78,7 @@ def test_a_sparse_prior_is_drawn():
     )
     for text in ("tanh", "relu", "threshold", "update"):
         assert f">{text}</text>" in figures[1]
+    assert "mathdefault" not in figures[1]
     for text in ("0 to 1", "0 to 2", "gamma"):
         assert f">{text}</text>" in figures[2]
     assert figures == tuple(svg for _, svg in plots.search_curves([curve]))
