@@ -30,6 +30,10 @@ class Unscored(Diverged):
         self.args = (cause,)
 
 
+class Emptied(Unscored):
+    """A search that pruned its whole space away: it has no candidate, and the cause says what to change."""
+
+
 class Interrupted(Exception):
     """A stop was asked for (Ctrl-C, SIGTERM); the state is saved."""
 

@@ -239,9 +239,8 @@ class Experiment:
             causes = {self._result(f"search-{s}").get("failure") for s in seeds} if shared else set()
             causes |= {t.get("failure") for t in record.trials()}
             listed = "; ".join(sorted(str(cause) for cause in causes if cause)) or "no cause given"
-            raise UserError(
-                f"search: every candidate failed ({listed}); a smaller learning rate or clip is the usual remedy"
-            )
+            remedy = "; a smaller learning rate or clip is the usual remedy" if "diverged at step" in listed else ""
+            raise UserError(f"search: every candidate failed ({listed}){remedy}")
         self._write_results()
 
     def _propose(self, strategy: Strategy, record: Record, s: int, prepared: str | None, estimator: Any) -> None:

@@ -200,6 +200,11 @@ class LearnStep:
         learning_rate: the rate of the weights' next update, after any scaling of this step.
         velocity: momentum times the momentum buffer, which that update adds to the gradient and the decay, by weight
             name; empty without momentum.
+        progress: share of the training that is done, 1 at its last step.
+        train_gradient: of the training loss, by the mixture that ran in the weights' own update; of a `joint` strategy.
+        curvature: (mixture, method, number of batches) -> table name -> (E, K) second derivatives of the mean training
+            loss by every entry, without dropout, over the coming batches; a method of `lmnas.curvature`. Computed when
+            called.
     """
 
     step: int
@@ -210,6 +215,9 @@ class LearnStep:
     weight_decay: float
     clip: float | None
     velocity: Mapping[str, Tensor] = field(default_factory=dict)
+    progress: float = 0.0
+    train_gradient: Mixture | None = None
+    curvature: Callable[[Mixture, str, int], Mixture] | None = None
 
 
 class Strategy(Protocol):
@@ -233,9 +241,10 @@ class Strategy(Protocol):
 class SharingStrategy(Strategy, Protocol):
     """A strategy that can steer the training of shared weights.
 
-    Forecasts read two more attributes of one that learns by gradient, where it has them: `learn_passes`, how many
-    forward and backward passes one `learn` takes (default 1), and `weight_copies`, how many copies of the weights it
-    holds at once (default 0).
+    One that learns by gradient may say more. `joint`: it learns by the training loss, after every update of the weights
+    and from the same pass (`LearnStep.train_gradient`); without it, before the update and with a validation batch.
+    Forecasts read `learn_passes`, how many forward and backward passes one `learn` takes (default 1), and
+    `weight_copies`, how many copies of the weights it holds at once (default 0).
     """
 
     rewards_per_round: int

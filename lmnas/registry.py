@@ -18,6 +18,7 @@ from lmnas.errors import UserError, nearest
 COMPONENTS: dict[str, dict[str, str]] = {
     "space": {
         "recurrent-cell": "lmnas.spaces.recurrent_cell:RecurrentCell",
+        "recurrent-sparse": "lmnas.spaces.recurrent_sparse:RecurrentSparse",
         "lstm": "lmnas.spaces.lstm:LSTM",
         "resnet": "lmnas.spaces.resnet:ResNet",
         "flexibert": "lmnas.spaces.flexibert:FlexiBERT",
@@ -30,6 +31,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "random": "lmnas.strategies.random_search:RandomSearch",
         "reinforce": "lmnas.strategies.reinforce:Reinforce",
         "gradient": "lmnas.strategies.gradient:Gradient",
+        "bayes": "lmnas.strategies.bayes:Bayes",
     },
     "estimator": {
         "shared": "lmnas.estimators.shared:Shared",

@@ -10,7 +10,7 @@ from lmnas import registry
 PACKAGE = Path(registry.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-VALUES = {"errors", "seeds", "genotype", "decisions", "protocols"}
+VALUES = {"errors", "seeds", "genotype", "decisions", "protocols", "evidence"}
 """Plain values and contracts: whoever needs them may import them."""
 ALLOWED = {
     "errors": set(),
@@ -21,6 +21,7 @@ ALLOWED = {
     "job": {"errors", "files"},
     "published": {"errors"},
     "protocols": {"decisions", "genotype", "job"},
+    "evidence": set(),
     "registry": {"errors"},
     "kernels": {"errors"},
     "ops": {"kernels"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "strategies": VALUES,
     "train": VALUES | {"files", "job", "registry"},
     "proxies": VALUES | {"kernels", "ops"},
-    "estimators": VALUES | {"files", "job", "proxies", "published", "train"},
+    "estimators": VALUES | {"curvature", "files", "job", "proxies", "published", "train"},
     "verdict": VALUES,
     "report": VALUES | {"files", "verdict"},
     "progress": set(),

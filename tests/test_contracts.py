@@ -326,7 +326,22 @@ def learn(strategy, step):
             * weights["w"].square().sum()
         )
 
-    strategy.learn(LearnStep(step, loss, loss, weights, learning_rate=0.1, weight_decay=0.0, clip=0.25))
+    def curvature(mixture, method, n_batches):
+        return {name: torch.full_like(table, 100.0) for name, table in mixture.items()}
+
+    strategy.learn(
+        LearnStep(
+            step,
+            loss,
+            loss,
+            weights,
+            learning_rate=0.1,
+            weight_decay=0.0,
+            clip=0.25,
+            progress=min(1.0, (step + 1) / 5),
+            curvature=curvature,
+        )
+    )
 
 
 @every_strategy

@@ -439,7 +439,10 @@ IMAGES = [
     (["--space", "recurrent-cell"], "space 'recurrent-cell' makes recurrent bodies, task 'image-classification' takes"),
     (["--task", "language-modeling"], "space 'resnet' makes image bodies, task 'language-modeling' takes recurrent"),
     (["--baselines.lstm.source", "lstm-1"], "baselines.lstm: 'lstm-1' makes recurrent bodies"),
-    (["--estimator", "proxy"], "estimator 'proxy' scores recurrent bodies; space 'resnet' makes image bodies"),
+    (
+        ["--estimator", "proxy"],
+        "scores recurrent, transformer bodies; space 'resnet' makes image bodies",
+    ),
     (["--kernel", "fused"], "kernel 'fused' is for recurrent cells; space 'resnet' makes image bodies"),
     (["--space.max_blocks", "19"], "space.max_blocks: input should be less than or equal to 18, got 19"),
     (["--train.training.model.auxiliary", "0.4"], "model.auxiliary: the head reads a map of 2 x 2 pixels"),
@@ -456,7 +459,14 @@ def test_images(refused, arguments, message):
 
 
 def test_commands_for_text_refuse_image_networks(refused):
-    assert "makes image bodies; these metrics are for recurrent ones" in refused("score", "resnet-20")
+    assert "makes image bodies, and there are metrics for recurrent and transformer ones only" in refused(
+        "score", "resnet-20"
+    )
     assert "--vocabulary: genotype resnet-20 is a network for images" in refused(
         "show", "resnet-20", "--vocabulary", "9"
     )
+
+
+def test_a_norm_that_hides_the_size_of_switches(refused):
+    message = refused("search", "tiny.yaml", "--strategy", "bayes")
+    assert message.startswith("space.batch_norm 'nodes': strategy 'bayes' needs 'none'")

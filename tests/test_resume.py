@@ -42,6 +42,10 @@ STRATEGIES = {
         "strategy": {"name": "gradient", "order": 2, "learning_rate": 0.05},
         "train": {"seeds": 2, "training": tiny.training()},
     },
+    "bayes": {
+        "space": {"name": "recurrent-cell", "n_nodes": 2, "batch_norm": "none"},
+        "strategy": {"name": "bayes", "strength": 0.001, "learning_rate": 5.0, "updates": 3, "curvature_batches": 1},
+    },
     "standalone": {
         "estimator": {"name": "standalone", "training": tiny.training(checkpoint_steps=5)},
     },

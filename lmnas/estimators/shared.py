@@ -1,10 +1,12 @@
 """Shared weights: one supernet trained with the strategy's choices, its paths scored without training.
 
 With `reinforce` this is ENAS (Pham et al., 2018), with `random` it is random search with weight sharing (Li &
-Talwalkar, 2019, arXiv 1902.07638), with `gradient` DARTS (Liu et al., 2019): nothing here knows which.
+Talwalkar, 2019, arXiv 1902.07638), with `gradient` DARTS (Liu et al., 2019), with `bayes` BayesNAS (Zhou et al.,
+2019): nothing here knows which.
 Scores are proxies: they rank candidates and are never results.
 """
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +15,13 @@ import torch
 from pydantic import Field
 from torch.func import functional_call
 
+from lmnas.curvature import diagonal
 from lmnas.errors import Diverged
 from lmnas.files import PREPARED, pack, to_device, unpack, write_atomic
 from lmnas.genotype import Genotype
 from lmnas.job import Job
 from lmnas.protocols import Batch, LearnStep, Mixture, Score, SharingStrategy, Space, State, Task, Trial
+from lmnas.seeds import derive
 from lmnas.train import Mean, NotFinite, Recovery, Training, WeightTraining, initialise
 
 MAX_SKIPPED = 10
@@ -61,13 +65,15 @@ class Shared:
         self.model = initialise(task.model(space.supernet(settings.width), settings), seed).to(device)
 
     def prepare(self, strategy: SharingStrategy, job: Job) -> None:
-        """Train the supernet: per step the strategy learns (if by gradient), then the weights of its choice move; after
-        each pass the strategy's proposals are rewarded (if by reinforcement), with the weights frozen."""
+        """Train the supernet: per step the strategy learns (if by gradient), then the weights of its choice move, or
+        both from one pass (if it is `joint`); after each pass the strategy's proposals are rewarded (if by
+        reinforcement), with the weights frozen."""
         weights = WeightTraining(self.model, self.task, self.training, self.seed, self.device)
         # one cursor over validation text for architecture steps, one for rewards
         valid_stream = self.task.stream("valid", self.valid_batches, self.seed)
         reward_stream = self.task.stream("valid", self.valid_batches, self.seed + 1)
         by_gradient = "mixture" in strategy.needs
+        joint = by_gradient and getattr(strategy, "joint", False)
         loss_mean = Mean()
         recovery = Recovery(job)
         rewards_due, ticks, skipped = 0, 0, 0
@@ -110,9 +116,13 @@ class Shared:
             else:
                 try:
                     batch = weights.draw()
-                    if by_gradient:
+                    if by_gradient and not joint:
                         self._learn(strategy, weights, batch, valid_stream)
-                    loss_mean.add(weights.update(batch, to_device(strategy.choice(weights.steps), self.device)))
+                    choice = to_device(strategy.choice(weights.steps), self.device)
+                    if joint:
+                        loss_mean.add(self._update_jointly(strategy, weights, batch, choice))
+                    else:
+                        loss_mean.add(weights.update(batch, choice))
                     skipped = 0
                 except NotFinite as problem:
                     # one sampled path that explodes is no reason to go back: its batch made no update and is left out;
@@ -162,16 +172,12 @@ class Shared:
         train_masks, valid_masks = weights.masks("learn-train", batch), weights.masks("learn-valid", valid)
         carried: State = None
 
-        def loss_on(batch: Batch, carry: State, masks: Any, parameters: Any, mixture: Mixture) -> tuple[Any, State]:
-            # the look-ahead leaves penalties out, as DARTS does
-            return functional_call(self.model, dict(parameters), (batch, carry, masks, mixture, False))
-
         def train_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
-            return loss_on(batch, train_carry, train_masks, parameters, mixture)[0]
+            return self._loss(batch, train_carry, train_masks, parameters, mixture)[0]
 
         def valid_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
             nonlocal carried
-            loss, carried = loss_on(valid, valid_carry, valid_masks, parameters, mixture)
+            loss, carried = self._loss(valid, valid_carry, valid_masks, parameters, mixture)
             return loss
 
         strategy.learn(
@@ -184,9 +190,76 @@ class Shared:
                 weight_decay=self.training.optimizer.weight_decay,
                 clip=self.training.optimizer.clip,
                 velocity=weights.velocity(),
+                progress=self._progress(weights),
+                curvature=functools.partial(self._curvature, weights),
             )
         )
         valid_stream.carry = carried
+
+    def _update_jointly(self, strategy: SharingStrategy, weights: WeightTraining, batch: Batch, choice: Any) -> float:
+        """The weights' update, then the strategy's step from the same pass; the training loss before both."""
+        mixture = {name: table.detach().requires_grad_() for name, table in choice.items()}
+        step, carry, masks = weights.steps, weights.stream.carry, weights.masks("weights", batch)
+        rate = weights.learning_rate * batch.lr_scale
+        loss = weights.update(batch, mixture)
+
+        def train_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
+            return self._loss(batch, carry, masks, parameters, mixture)[0]
+
+        def valid_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
+            raise ValueError("a joint strategy learns by the training loss; no validation batch is drawn for it")
+
+        strategy.learn(
+            LearnStep(
+                step=step,
+                train_loss=train_loss,
+                valid_loss=valid_loss,
+                weights=dict(self.model.named_parameters()),
+                learning_rate=rate,
+                weight_decay=self.training.optimizer.weight_decay,
+                clip=self.training.optimizer.clip,
+                progress=self._progress(weights),
+                train_gradient={
+                    name: torch.zeros_like(table) if table.grad is None else table.grad
+                    for name, table in mixture.items()
+                },
+                curvature=functools.partial(self._curvature, weights),
+            )
+        )
+        return loss
+
+    def _loss(
+        self, batch: Batch, carry: State, masks: Any, parameters: Any, mixture: Mixture
+    ) -> tuple[torch.Tensor, State]:
+        # the look-ahead leaves penalties out, as DARTS does
+        return functional_call(self.model, dict(parameters), (batch, carry, masks, mixture, False))
+
+    def _progress(self, weights: WeightTraining) -> float:
+        """Share of the training's steps that are done; the number of steps is an estimate, the end is not."""
+        total = self.training.epochs * weights.stream.steps_per_epoch
+        return 1.0 if weights.stream.epoch >= self.training.epochs else min(weights.steps, total - 1) / total
+
+    def _curvature(self, weights: WeightTraining, mixture: Mixture, method: str, n_batches: int) -> Mixture:
+        """`LearnStep.curvature`: over the batches that come next, which training then draws all the same.
+
+        Raises:
+            NotFinite: some second derivative is not.
+        """
+        mixture = {name: table.detach().to(self.device) for name, table in mixture.items()}
+        stream = self.task.stream("train", self.batches, self.seed)
+        stream.load_state_dict(to_device(weights.stream.state_dict(), self.device))
+        batches: list[tuple[Batch, State]] = []
+        for _ in range(n_batches):
+            batch = stream.next()
+            batch = batch.to(self.device)
+            batches.append((batch, stream.carry))
+            with torch.no_grad():
+                _, stream.carry = self.model(batch, stream.carry, {}, mixture, False)
+        seed = derive(self.seed, "curvature", weights.salt, weights.steps)
+        found = diagonal(method, self.model, batches, mixture, seed)
+        if not all(torch.isfinite(table).all() for table in found.values()):
+            raise NotFinite("curvature is not finite")
+        return found
 
     def _reward(self, strategy: SharingStrategy, batch: Batch, step: int) -> None:
         """One update of the policy: proposals scored on the same validation batch, from zero state, no dropout."""

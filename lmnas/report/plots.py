@@ -158,7 +158,69 @@ def search_curves(curves: Sequence[Curve]) -> list[tuple[str, str]]:
             panel.set_ylim(bottom=0)
             _legend(figure, panel)
         figures.append((f"Weights of the operations, table {table!r}", _svg(figure)))
+    for curve in curves:
+        figures += pruning_figures(curve)
     return figures
+
+
+def pruning_figures(curve: Curve) -> list[tuple[str, str]]:
+    """What a sparse prior did in one search: its variances over the updates, and which switches live at the end.
+
+    Returns:
+        (caption, SVG text) pairs, two a table; empty where the records hold no updates of a prior.
+    """
+    noted: Mapping[str, Any] = next(
+        (event["statistics"] for event in reversed(curve.epochs) if (event.get("statistics") or {}).get("updates")), {}
+    )
+    figures = []
+    for table, ops in (noted.get("operations") or {}).items():
+        updates = [update["tables"][table] for update in noted["updates"]]
+        last = {key: np.array(updates[-1][key], dtype=float) for key in ("gamma", "w2h", "alive")}
+        gammas = np.array([np.ones_like(last["gamma"]), *(update["gamma"] for update in updates)])
+        n_alive, n = int(last["alive"].sum()), last["alive"].size
+        about = f"search {curve.seed}, lambda {noted['lambda']:g}, table {table!r}"
+        with matplotlib.rc_context(STYLE):
+            figure, (panel,) = _panels(["prior variance of each switch"], "update")
+            for i, k in np.ndindex(*last["alive"].shape):
+                alive = bool(last["alive"][i, k])
+                colour = OP_COLOURS[k % len(OP_COLOURS)] if alive else FAINT
+                panel.plot(gammas[:, i, k], color=colour, alpha=0.9 if alive else 0.25, linewidth=1.0 if alive else 0.5)
+            for k, op in enumerate(ops):
+                panel.plot([], [], color=OP_COLOURS[k % len(OP_COLOURS)], label=op)
+            panel.axhline(noted["threshold"], color=INK, linestyle=":", label="threshold")
+            panel.plot([], [], color=FAINT, linewidth=0.5, label="pruned")
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter(FuncFormatter(_tick))
+            panel.yaxis.set_minor_formatter(NullFormatter())
+            panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            _legend(figure, panel)
+        figures.append((f"Prior variances, {n_alive} of {n} switches alive at the end; {about}", _svg(figure)))
+        figures.append(
+            (f"Switches that live (marked), and r^2 H / lambda of all; {about}", _heat_maps(noted, table, last))
+        )
+    return figures
+
+
+def _heat_maps(noted: Mapping[str, Any], table: str, last: Mapping[str, Any]) -> str:
+    """Edges down, operations across: prior variance and w^2 h, logarithmic, a dot on what lives."""
+    edges, ops = noted["edges"][table], noted["operations"][table]
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(3.8, 1.6 + 0.14 * len(edges)), layout="constrained")
+        for panel, key, title in zip(
+            figure.subplots(1, 2, sharey=True), ("gamma", "w2h"), ("gamma", "r^2 H / lambda"), strict=True
+        ):
+            values = np.log10(np.clip(last[key], 1e-6, None))
+            mesh = panel.pcolormesh(
+                values, cmap="viridis", vmin=-6, vmax=max(1.0, float(values.max())), edgecolors="none"
+            )
+            rows, columns = np.nonzero(last["alive"])
+            panel.plot(columns + 0.5, rows + 0.5, "o", color=PAPER, markeredgecolor=INK, markersize=3.5)
+            panel.set_title(title)
+            panel.set_xticks(np.arange(len(ops)) + 0.5, ops, rotation=90)
+            figure.colorbar(mesh, ax=panel, location="bottom", label="log10")
+            panel.set_yticks(np.arange(len(edges)) + 0.5, [f"{source} to {node}" for node, source in edges], fontsize=6)
+        panel.invert_yaxis()
+    return _svg(figure)
 
 
 def candidate_plot(candidates: Sequence[Mapping[str, Any]], objective: Objective) -> tuple[str, str] | None:

@@ -46,6 +46,45 @@ def test_search_curves_average_a_table_over_its_edges():
     assert plots._mixtures(curve) == {"edges": ([1, 2], ["tanh", "relu"], [[0.3, 0.7], [0.3, 0.7]])}
 
 
+def pruned(n_updates=2):
+    """Statistics of a search with a sparse prior over two edges and two operations; one switch lives."""
+    update = {
+        "gamma": [[2.0, 1e-10], [0.01, 0.02]],
+        "w2h": [[3.0, 0.0], [1e-9, 1e-4]],
+        "values": [[1.0, 0.0], [0.0, 0.0]],
+        "alive": [[True, False], [False, False]],
+        "objective": [2.0, 1.0],
+    }
+    return {
+        "lambda": 0.005,
+        "threshold": 0.0585,
+        "mixture": {"nodes": [[0.5, 0.0, 0.0], [0.0, 0.0, 0.0]]},
+        "ops": {"nodes": ["none", "tanh", "relu"]},
+        "operations": {"nodes": ["tanh", "relu"]},
+        "edges": {"nodes": [[1, 0], [2, 0]]},
+        "updates": [
+            {"step": k, "progress": k / n_updates, "alive": 1, "tables": {"nodes": update}} for k in range(n_updates)
+        ],
+    }
+
+
+def test_a_sparse_prior_is_drawn():
+    """Variances by update and which switches live, of the last epoch that has updates; nothing where none has."""
+    curve = Curve("search", "searched", 3, [epoch(1, statistics={"updates": []}), epoch(2, statistics=pruned())])
+    captions, figures = zip(*plots.search_curves([curve]), strict=True)
+    assert captions[1:] == (
+        "Prior variances, 1 of 4 switches alive at the end; search 3, lambda 0.005, table 'nodes'",
+        "Switches that live (marked), and r^2 H / lambda of all; search 3, lambda 0.005, table 'nodes'",
+    )
+    for text in ("tanh", "relu", "threshold", "update"):
+        assert f">{text}</text>" in figures[1]
+    assert "mathdefault" not in figures[1]
+    for text in ("0 to 1", "0 to 2", "gamma"):
+        assert f">{text}</text>" in figures[2]
+    assert figures == tuple(svg for _, svg in plots.search_curves([curve]))
+    assert plots.pruning_figures(Curve("search", "searched", 0, [epoch(1, statistics={"updates": []})])) == []
+
+
 def test_reward_and_baseline():
     curve = Curve("search", "searched", 0, [epoch(1, statistics={"entropy": 2.0, "reward": 0.5, "baseline": 0.4})])
     caption, svg = plots.search_curves([curve])[1]
