@@ -272,15 +272,15 @@ def at_rate(training: Training, learning_rate: float) -> Training:
 
 
 def smaller_genotype(genotype: Genotype, kept: dict[str, list[int]]) -> tuple[Genotype, int]:
-    """What is left of a network of space `lstm` or `stack`, and its width: `lstm` as long as all layers agree."""
+    """What is left of an `lstm` or `recurrent-layers`, and its width; an `lstm` stays one while all layers agree."""
     layers = genotype.choices["layers"]
     width = len(kept[OUTER])
     inner = [len(kept[f"layer {i}"]) for i in range(1, layers)]
-    if genotype.space != "stack" and all(units == width for units in inner):
+    if genotype.space != "recurrent-layers" and all(units == width for units in inner):
         return genotype, width
     cell = genotype.choices.get("cell", "lstm")
     units = {f"units_{i}": count for i, count in enumerate(inner, start=1)}
-    return Genotype("stack", {"cell": cell, "layers": layers, **units}), width
+    return Genotype("recurrent-layers", {"cell": cell, "layers": layers, **units}), width
 
 
 def load_model(recipe: Recipe, task: Task, spec: dict[str, Any], weights: Path) -> torch.nn.Module:

@@ -19,7 +19,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "space": {
         "recurrent-cell": "lmnas.spaces.recurrent_cell:RecurrentCell",
         "lstm": "lmnas.spaces.lstm:LSTM",
-        "stack": "lmnas.spaces.stack:Stack",
+        "recurrent-layers": "lmnas.spaces.recurrent_layers:RecurrentLayers",
         "flexibert": "lmnas.spaces.flexibert:FlexiBERT",
         "recurrent-graph": "lmnas.spaces.recurrent_graph:RecurrentGraph",
     },

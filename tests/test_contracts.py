@@ -83,6 +83,13 @@ def segment(seed=0, time=T):
     return torch.randn(time, B, H, generator=generator(seed, "inputs"), dtype=torch.float64)
 
 
+def noise_like(state, noise):
+    """A carried state, a tensor or a tuple of them, of other numbers."""
+    if isinstance(state, tuple):
+        return tuple(noise_like(part, noise) for part in state)
+    return torch.randn(state.shape, generator=noise, dtype=torch.float64)
+
+
 # ------------------------------------------------------------------------------------------------------------ spaces
 
 
@@ -113,8 +120,8 @@ def test_covering_builds_the_same_from_the_genotype_alone(name, settings):
         first, second = make_body(space, genotype), make_body(covering_space(genotype), genotype)
         inputs = segment()
         assert torch.equal(
-            first(inputs, first.initial_state(B).double(), {})[0],
-            second(inputs, second.initial_state(B).double(), {})[0],
+            first(inputs, first.initial_state(B), {})[0],
+            second(inputs, second.initial_state(B), {})[0],
         )
 
 
@@ -163,7 +170,7 @@ def test_weights_and_masks_come_from_the_generator_alone(name, settings):
         set(mask.unique().tolist()) <= {0.0, 2.0} for mask in masks.values()
     )  # already over the keep probability
     # not the initial state: a gated graph may stay at zero for ever
-    state = torch.randn(body.initial_state(B).shape, generator=generator(0, "state"), dtype=torch.float64)
+    state = noise_like(body.initial_state(B), generator(0, "state"))
     dropped, plain = (body(segment(), state, m)[0] for m in (masks, {}))
     assert not torch.equal(dropped, plain)
     assert torch.equal(dropped, body(segment(), state, again)[0])

@@ -69,7 +69,7 @@ def layout(model: nn.Module) -> Layout:
     if not len(layers) or not all(type(layer) in (nn.LSTM, nn.RNN) for layer in layers):
         raise UserError(
             f"a body of type {type(body).__name__} has no strips of units to take out; expected layers of LSTM or "
-            "plain recurrent units (spaces lstm and stack)"
+            "plain recurrent units (spaces lstm and recurrent-layers)"
         )
 
     def weight(i: int, name: str) -> str:

@@ -23,10 +23,10 @@ CELLS = {"lstm": nn.LSTM, "rnn": nn.RNN}
 Count = Annotated[int, Field(ge=1)]
 
 
-class Stack:
+class RecurrentLayers:
     """LSTM or plain recurrent layers; inner layers may be of other sizes than the embedding."""
 
-    name = "stack"
+    name = "recurrent-layers"
     kind = "recurrent"
 
     def __init__(self, *, max_layers: Annotated[int, Field(ge=1, le=8)] = 3, units: list[Count] | None = None):
@@ -44,7 +44,7 @@ class Stack:
         self.decisions = Decisions([OneOf("cell", tuple(CELLS)), layers, *inner])
 
     @classmethod
-    def covering(cls, genotype: Genotype) -> "Stack":
+    def covering(cls, genotype: Genotype) -> "RecurrentLayers":
         sizes = [value for name, value in genotype.choices.items() if name.startswith("units_")]
         return cls(max_layers=8, units=[size for size in sizes if type(size) is int and size > 0])
 
@@ -59,19 +59,19 @@ class Stack:
             raise UserError(f"genotype {genotype.id} is of space {genotype.space!r}, expected {self.name!r}")
         self.decisions.check(genotype.choices, f"genotype {genotype.id}")
 
-    def build(self, genotype: Genotype, width: int) -> "StackBody":
+    def build(self, genotype: Genotype, width: int) -> "LayersBody":
         self.check(genotype)
         inner = [genotype.choices[f"units_{i}"] for i in range(1, genotype.choices["layers"])]
-        return StackBody(genotype.choices["cell"], inner, width)
+        return LayersBody(genotype.choices["cell"], inner, width)
 
     def supernet(self, width: int) -> nn.Module:
-        raise UserError("space 'stack' has no supernet: use an estimator that trains stand-alone models")
+        raise UserError("space 'recurrent-layers' has no supernet: use an estimator that trains stand-alone models")
 
     def tables(self) -> tuple[EdgeTable, ...]:
         return ()
 
     def derive(self, mixture: Mixture) -> Genotype:
-        raise UserError("space 'stack' has no mixture to derive from")
+        raise UserError("space 'recurrent-layers' has no mixture to derive from")
 
     def diagram(self, genotype: Genotype) -> Diagram:
         cell, layers = genotype.choices["cell"].upper(), genotype.choices["layers"]
@@ -79,10 +79,10 @@ class Stack:
         labels = [f"{cell} {i}: {genotype.choices[f'units_{i}']}" for i in range(1, layers)] + [f"{cell} {layers}"]
         ops = [(key, label, "op") for key, label in zip(keys[1:-1], labels, strict=True)]
         nodes = (("x", "x[t]", "input"), *ops, ("out", "h[t]", "output"))
-        return Diagram("stack", nodes, tuple((a, b, "") for a, b in itertools.pairwise(keys)))
+        return Diagram(self.name, nodes, tuple((a, b, "") for a, b in itertools.pairwise(keys)))
 
 
-class StackBody(nn.Module):
+class LayersBody(nn.Module):
     """(T, B, H) -> (T, B, H). State: for every layer its parts, h and (LSTM) c, stacked to (1 or 2, B, units)."""
 
     def __init__(self, cell: str, inner: list[int], width: int):
