@@ -8,7 +8,10 @@ recurrent networks that came with BayesNAS (Zhou et al., ICML 2019): fit, curvat
 and penalty weights, pruning (`dynamic`) or pruning after the last loop (`last`). Every unit has an output of its own,
 since units could otherwise trade places and no position would be right or wrong.
 
-lambda is the likelihood's own, sigma^2 / (T B), sigma from the residuals of the unpenalised fit. Compared with
+lambda = log(n) sigma^2 / n with n = T B predictions and sigma from the residuals of the unpenalised fit: dropping a
+strip is worth log(n) / 2 of log-likelihood a weight, as in BIC (Schwarz, 1978). At the likelihood's own sigma^2 / n
+every other strip that fits noise alone would stay: the mean of w^2 H n / sigma^2 over its weights is about 1. Compared
+with
 
     lasso       the same fit with omega = 1 throughout, lambda from a grid by the loss on held-out sequences
     magnitude   the unpenalised fit, of which the largest strips are kept, as many as the truth has (it is told)
@@ -18,6 +21,7 @@ lambda is the likelihood's own, sigma^2 / (T B), sigma from the residuals of the
 
 import argparse
 import json
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -29,7 +33,7 @@ from lmnas.curvature import Chain, chain_diagonal
 from lmnas.seeds import generator
 from lmnas.sparsity.strips import PerFamily, plain_layout
 
-GRID = tuple(10.0**k for k in (-4, -3.5, -3, -2.5, -2, -1.5, -1))
+GRID = (0.001, 0.003, 0.01, 0.03, 0.1)
 TINY = 0.01
 """A strip whose norm is below this share of its family's largest counts as zero."""
 
@@ -42,12 +46,13 @@ class World:
     inputs: int = 6
     true_units: int = 4
     true_inputs: int = 3
-    steps: int = 30
-    sequences: int = 8
+    steps: int = 20
+    sequences: int = 12
     noise: float = 0.3
     loops: int = 10
     loop_steps: int = 100
-    rate: float = 0.2
+    rate: float = 0.5
+    clip: float = 0.3
 
 
 class Data:
@@ -110,15 +115,15 @@ class Fit:
     def descend(self, strength: float, omega: PerFamily) -> None:
         """One loop of proximal gradient steps."""
         w = self.world
-        thresholds = {
-            name: (w.rate * strength * each).masked_fill(~self.alive[name], torch.inf) for name, each in omega.items()
-        }
+        limits = {name: each.masked_fill(~self.alive[name], torch.inf) for name, each in omega.items()}
         for _ in range(w.loop_steps):
             gradients = torch.autograd.grad(loss(self.weights, self.data.split["train"]), list(self.weights.values()))
+            norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+            rate = w.rate * min(1.0, w.clip / max(norm, 1e-9))
             with torch.no_grad():
                 for weight, gradient in zip(self.weights.values(), gradients, strict=True):
-                    weight -= w.rate * gradient
-            self.strips.shrink(self.weights, thresholds)
+                    weight -= rate * gradient
+            self.strips.shrink(self.weights, {name: rate * strength * each for name, each in limits.items()})
 
     def prune(self) -> None:
         for name, norms in self.strips.norms(self.weights).items():
@@ -182,7 +187,7 @@ def one_seed(world: World, seed: int) -> dict[str, dict[str, float]]:
     n = world.steps * world.sequences
     n_weights = sum(value.numel() for value in data.truth.values())
     residual = (predict(dense.weights, u) - y).square().sum().item()
-    strength = residual / (n * world.units - n_weights) / n
+    strength = math.log(n) * residual / (n * world.units - n_weights) / n
     rows = {}
     for name, dynamic in (("bayes, dynamic", True), ("bayes, last", False)):
         rows[name] = agreement(world, bayes(world, data, seed, strength, dynamic).alive)

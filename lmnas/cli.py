@@ -81,7 +81,9 @@ def parser() -> argparse.ArgumentParser:
     compress = command("compress", "take units out of a trained recurrent model and leave a smaller dense one")
     compress.add_argument("run", type=Path, help="a run directory with a trained LSTM or plain recurrent network")
     compress.add_argument("--out", type=Path, help="the compressed model's directory (default: RUN/compressed)")
-    compress.add_argument("--strength", type=float, help="lambda, nats a prediction (default: 1 / training tokens)")
+    compress.add_argument(
+        "--strength", type=float, help="lambda (default: half of what a unit is worth, by the median)"
+    )
     compress.add_argument("--rounds", type=int, default=3, help="curvature, update and training (default: 3)")
     compress.add_argument("--round-epochs", type=int, default=1, help="training passes a round (default: 1)")
     compress.add_argument("--epochs", type=int, default=1, help="fine-tuning of the smaller model (default: 1)")

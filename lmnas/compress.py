@@ -27,7 +27,6 @@ from lmnas.jobs import DENSE, covering_space, load_model, open_device, open_task
 from lmnas.pin import read_pin, write_pin
 from lmnas.preflight import preflight
 from lmnas.progress import Display, Stop
-from lmnas.protocols import Task
 from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE, save
 from lmnas.run import Run, environment
 from lmnas.sparsity.training import Sparsity, layout
@@ -59,7 +58,7 @@ def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:
     preflight(recipe)
     task, device = open_task(recipe), open_device(recipe.execution.device)
     layout(load_model(recipe, task, dense, source / "model.safetensors"))
-    specs = _specs(options, recipe, task, dense, digest(weights))
+    specs = _specs(options, recipe, dense, digest(weights))
     threads = recipe.execution.threads or default_threads(1)
     with Run(out, recipe) as opened:
         _begin(opened, specs["compress"], weights, dense)
@@ -92,6 +91,7 @@ def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:
             "data": task.data(),
             "environment": environment(device, threads),
             **settings,
+            "strength": cut["strength"],
             "epochs": options.epochs,
             "genotype": {**genotype.to_dict(), "id": genotype.id},
             "before": {
@@ -150,18 +150,13 @@ def _trained(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def _specs(
-    options: argparse.Namespace, recipe: Recipe, task: Task, dense: dict[str, Any], weights: str
+    options: argparse.Namespace, recipe: Recipe, dense: dict[str, Any], weights: str
 ) -> dict[str, dict[str, Any]]:
     """The jobs; defaults filled in."""
     training = recipe.train.training
     rate = training.optimizer.learning_rate / 4 if training.optimizer.method == "sgd" else AFTER_ADAM
-    batches = training.batch_settings(task)
-    strength = options.strength
-    if strength is None:
-        stream = task.stream("train", batches, options.seed)
-        strength = 1.0 / (stream.steps_per_epoch * stream.next().targets.numel())
     sparsity = Sparsity(
-        strength=strength,
+        strength=options.strength,
         rounds=options.rounds,
         round_epochs=options.round_epochs,
         dynamic=options.pruning == "dynamic",
@@ -212,7 +207,7 @@ def text(document: dict[str, Any]) -> str:
         lines.append(f"{split} {objective['name']}: {before[split]:.2f} -> {after[split]:.2f} {objective['unit']}")
     if before["units"] == after["units"]:
         lines.append(
-            f"no unit was taken out at strength {document['sparsity']['strength']:.2g}; half of them are worth less "
+            f"no unit was taken out at strength {document['strength']:.2g}; half of them are worth less "
             f"than {document['rounds'][0]['worth_median']:.2g}"
         )
     lines.append(f"model: {document['out']} (norms of its strips: {document['pictures'][0]})")

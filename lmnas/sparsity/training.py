@@ -23,11 +23,13 @@ from lmnas.errors import Emptied, UserError
 from lmnas.job import Job
 from lmnas.protocols import Batch, State, Task
 from lmnas.seeds import rng
-from lmnas.sparsity.strips import Family, Layout, PerFamily, Piece
+from lmnas.sparsity.strips import Family, Layout, PerFamily, Piece, Weights
 from lmnas.train import Mean, NotFinite, Recovery, Training, WeightTraining
 
 DIGITS = 5
 """Significant digits of norms in the record."""
+OF_MEDIAN = 0.5
+"""The default strength by the strips' median worth."""
 OUTER = "embedding"
 """The family of the embedding's dimensions, which are the last layer's units: input and output are tied."""
 
@@ -37,8 +39,7 @@ class Sparsity:
     """How units are taken out.
 
     Attributes:
-        strength: lambda, nats a prediction: a strip stays about as long as dropping it would cost more than lambda / 2
-            for each of its weights.
+        strength: lambda, nats a prediction; see `worth`. None: so many times the strips' median worth at the start.
         rounds: curvature, update and training, so often.
         round_epochs: passes over the training data in a round.
         dynamic: prune after every round instead of after the last alone.
@@ -46,7 +47,7 @@ class Sparsity:
         curvature: `sampled` or `recursion` (`lmnas.curvature.weights`), over `curvature_batches` batches.
     """
 
-    strength: float
+    strength: float | None = None
     rounds: int = 3
     round_epochs: int = 1
     dynamic: bool = True
@@ -108,11 +109,16 @@ def upcoming(weights: WeightTraining, task: Task, training: Training, n: int, in
     return batches
 
 
-def evidence_per_weight(strips: Layout, weights: dict[str, Tensor], curvature: dict[str, Tensor]) -> PerFamily:
-    """The mean of w^2 H over each strip's weights: about the largest lambda at which it stays."""
-    total = strips.sums({name: weights[name].double().square() * curvature[name].double() for name in strips.by_weight})
-    counts = strips.counts(weights)
-    return {name: total[name] / counts[name] for name in total}
+def worth(strips: Layout, weights: Weights, curvature: Weights) -> PerFamily:
+    """The largest lambda at which every strip stays: the mean of w^2 H over its weights, weighted by H.
+
+    At fixed curvature and least-cost weights w, evidence rises with a strip's variance from 0 on where
+    sum_e h_e (w_e^2 h_e - 1) > 0, h = H / lambda. After training with the penalty it errs towards less.
+    """
+    by_weight = {name: curvature[name].double() for name in strips.by_weight}
+    squares = {name: (weights[name].detach().double() * each).square() for name, each in by_weight.items()}
+    total, above = strips.sums(by_weight), strips.sums(squares)
+    return {name: torch.where(total[name] > 0, above[name] / total[name], 0.0) for name in total}
 
 
 def sparsify(
@@ -134,13 +140,14 @@ def sparsify(
     weights = WeightTraining(model, task, training, seed, device)
     parameters = dict(model.named_parameters())
     recovery, loss_mean = Recovery(job), Mean()
-    omega = strips.full(0.0)
+    strength, omega = sparsity.strength, strips.full(0.0)
     alive = {name: torch.ones_like(value, dtype=torch.bool) for name, value in omega.items()}
     updates, rounds, before = 0, list[dict[str, Any]](), dict[str, Any]()
 
     def state() -> dict[str, Any]:
         return {
             "training": weights.state_dict(),
+            "strength": strength,
             "omega": omega,
             "alive": alive,
             "updates": updates,
@@ -151,25 +158,27 @@ def sparsify(
         }
 
     def restore(saved: dict[str, Any]) -> None:
-        nonlocal omega, alive, updates, rounds, before
+        nonlocal strength, omega, alive, updates, rounds, before
         weights.load_state_dict(saved["training"])
-        omega, alive = saved["omega"], saved["alive"]
+        strength, omega, alive = saved["strength"], saved["omega"], saved["alive"]
         updates, rounds, before = saved["updates"], list(saved["rounds"]), saved["before"]
         loss_mean.total, loss_mean.count = saved["loss"]
 
     def update() -> dict[str, Any]:
         """Variances and penalty weights from the curvature here; what is told of them."""
-        nonlocal omega
+        nonlocal omega, strength
         data = upcoming(weights, task, training, sparsity.curvature_batches, updates)
         if sparsity.curvature == "recursion":
             curvature = recursion_weights(model, data)
         else:
             curvature = sampled_weights(model, data, seed, updates)
-        h = {name: curvature[name] / sparsity.strength for name in strips.by_weight}
+        worths = worth(strips, parameters, curvature)
+        living = torch.cat([worths[name][alive[name]] for name in worths])
+        if strength is None:
+            strength = OF_MEDIAN * living.median().item()
+        h = {name: curvature[name] / strength for name in strips.by_weight}
         s = strips.update(parameters, h, strips.full(1.0))
         omega = strips.omega(h, s)
-        worth = evidence_per_weight(strips, {k: v.detach() for k, v in parameters.items()}, curvature)
-        living = torch.cat([worth[name][alive[name]] for name in worth])
         gamma = {name: [_rounded(value) for value in variances.tolist()] for name, variances in s.items()}
         return {"worth_median": living.median().item(), "worth_max": living.max().item(), "gamma": gamma}
 
@@ -182,8 +191,8 @@ def sparsify(
         empty = [name for name, living in alive.items() if not living.any()]
         if empty:
             suggestion = rounds[0]["worth_median"]
-            advice = f"; --strength {suggestion:.1e} would keep about half of them" if suggestion > 0 else ""
-            raise Emptied(f"strength {sparsity.strength:g}: no unit of family {empty[0]!r} is left{advice}")
+            advice = f"; units were worth about {suggestion:.1e} at first, try --strength {suggestion / 2:.1e}"
+            raise Emptied(f"strength {strength:g}: no unit of family {empty[0]!r} is left{advice}")
 
     saved = job.load()
     if saved is None:
@@ -205,7 +214,8 @@ def sparsify(
         try:
             batch = weights.draw()
             loss_mean.add(weights.update(batch))
-            rate = weights.step_size * sparsity.strength
+            assert strength is not None
+            rate = weights.step_size * strength
             strips.shrink(parameters, _thresholds({name: rate * each for name, each in omega.items()}, alive))
             ended = weights.stream.epoch > epoch
             if ended:
@@ -243,7 +253,7 @@ def sparsify(
         job.progress(min(done, training.epochs), training.epochs, text)
 
     kept = {name: living.nonzero()[:, 0].tolist() for name, living in alive.items()}
-    return {"kept": kept, "rounds": rounds, "before": before, "steps": weights.steps}
+    return {"strength": strength, "kept": kept, "rounds": rounds, "before": before, "steps": weights.steps}
 
 
 def _thresholds(thresholds: PerFamily, alive: dict[str, Tensor]) -> PerFamily:
