@@ -179,15 +179,20 @@ def agreement(world: World, kept: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
-def one_seed(world: World, seed: int) -> dict[str, dict[str, float]]:
-    """What each method finds in the data of one seed."""
-    data = Data(world, seed)
-    dense = lasso(world, data, seed, 0.0)
+def bic_strength(world: World, data: Data, dense: Fit) -> float:
+    """lambda = log(n) sigma^2 / n, sigma from the residuals of the unpenalised fit."""
     u, y = data.split["train"]
     n = world.steps * world.sequences
     n_weights = sum(value.numel() for value in data.truth.values())
     residual = (predict(dense.weights, u) - y).square().sum().item()
-    strength = math.log(n) * residual / (n * world.units - n_weights) / n
+    return math.log(n) * residual / (n * world.units - n_weights) / n
+
+
+def one_seed(world: World, seed: int) -> dict[str, dict[str, float]]:
+    """What each method finds in the data of one seed."""
+    data = Data(world, seed)
+    dense = lasso(world, data, seed, 0.0)
+    strength = bic_strength(world, data, dense)
     rows = {}
     for name, dynamic in (("bayes, dynamic", True), ("bayes, last", False)):
         rows[name] = agreement(world, bayes(world, data, seed, strength, dynamic).alive)
