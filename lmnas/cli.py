@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     compress.add_argument("run", type=Path, help="a run directory with a trained LSTM or plain recurrent network")
     compress.add_argument("--out", type=Path, help="the compressed model's directory (default: RUN/compressed)")
     compress.add_argument(
-        "--strength", type=float, help="lambda (default: half of what a unit is worth, by the median)"
+        "--strength", type=float, help="lambda (default: 0.55 of what a weight of the median unit is worth)"
     )
     compress.add_argument("--rounds", type=int, default=3, help="curvature, update and training (default: 3)")
     compress.add_argument("--round-epochs", type=int, default=1, help="training passes a round (default: 1)")
@@ -91,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--pruning", choices=["dynamic", "last"], default="dynamic", help="every round, or at the end"
     )
+    compress.add_argument("--share", type=float, default=0.25, help="of the units, the most that a round takes (0.25)")
     compress.add_argument("--threshold", type=float, default=0.01, help="norm by the largest, that is zero (0.01)")
     compress.add_argument("--curvature", choices=["sampled", "recursion"], default="sampled", help="(default: sampled)")
     compress.add_argument("--seed", type=int, default=0, help="of batches, noise and labels")

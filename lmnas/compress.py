@@ -111,6 +111,7 @@ def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:
                 "fine_tuned_epochs": tuned["epoch"],
             },
             "kept": cut["kept"],
+            "begin": cut["begin"],
             "rounds": cut["rounds"],
             "seconds": {"compress": cut["seconds"], "finetune": tuned["seconds"], "test": tested["seconds"]},
         }
@@ -132,6 +133,8 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not (0 < value < math.inf):
             raise UserError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+    if not 0 < options.share <= 1:
+        raise UserError(f"--share: expected a number above 0, at most 1, got {options.share}")
     if not 0 <= options.threshold < 1:
         raise UserError(f"--threshold: expected a number from 0 to below 1, got {options.threshold}")
 
@@ -160,6 +163,7 @@ def _specs(
         rounds=options.rounds,
         round_epochs=options.round_epochs,
         dynamic=options.pruning == "dynamic",
+        share=options.share,
         threshold=options.threshold,
         curvature=options.curvature,
     )
@@ -208,7 +212,7 @@ def text(document: dict[str, Any]) -> str:
     if before["units"] == after["units"]:
         lines.append(
             f"no unit was taken out at strength {document['strength']:.2g}; half of them are worth less "
-            f"than {document['rounds'][0]['worth_median']:.2g}"
+            f"than {document['begin']['worth_median']:.2g}"
         )
     lines.append(f"model: {document['out']} (norms of its strips: {document['pictures'][0]})")
     return "\n".join(lines)

@@ -179,6 +179,20 @@ class Layout:
             total += (weights[name].detach().double().square() / gamma + torch.log1p(gamma * values)).sum().cpu()
         return total
 
+    def gain(self, weights: Weights, h: Weights, s: PerFamily) -> PerFamily:
+        """Twice the log evidence that every strip adds: sum over e of w^2 h (1 - 1 / (1 + gamma h)) - log(1 + gamma h).
+
+        The integral of exp(-h (v - w)^2 / 2) over v of variance gamma, against its value at v = 0. Not positive: the
+        network without the strip is the likelier one, although its variance may be a local optimum.
+        """
+        each = {}
+        for name in self.by_weight:
+            values = h[name].double()
+            scaled = self.gamma(name, s, values) * values
+            misfit = weights[name].detach().double().square() * values
+            each[name] = misfit * scaled / (1 + scaled) - torch.log1p(scaled)
+        return self.sums(each)
+
     # ------------------------------------------------------------------------------------------------------- cutting
 
     def cut(self, weights: Weights, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

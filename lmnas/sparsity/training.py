@@ -1,14 +1,14 @@
 """Training that takes units out of a trained recurrent language model.
 
-A round: curvature H of all weights, variances and penalty weights omega at h = H / lambda (`strips`), then training on
-E + lambda * sum_g omega_g |w_g| with a proximal step after every step of SGD, so that strips reach zero exactly. Strips
-at zero, or tiny beside their family's largest, are pruned: after every round (dynamic) or after the last one. Then the
-network is cut.
+Curvature H of all weights gives variances and penalty weights omega at h = H / lambda (`strips`). A round trains on
+E + lambda * sum_g omega_g |w_g|, with a proximal step after every step of SGD so that strips reach zero exactly;
+measures the curvature again; and prunes (`dynamic`, or after the last round alone) strips that are zero, tiny beside
+their family's largest, or that evidence is against. Then the network is cut.
 
 Departures from the note on plain recurrent networks: the first round has its omega from the curvature of the trained
-weights (the note starts with 1, which says nothing at lambda near 1 / tokens), the update is repeated to its limit at
-fixed weights, and gradient noise makes strips wander that the note's full-batch training would leave at zero, hence the
-relative threshold.
+weights (the note starts with 1, which says nothing at a small lambda); the update is repeated to its limit at fixed
+weights; and evidence prunes. A strip of a language model has thousands of weights of rare words that no data hold and
+only the penalty moves: at a strength that takes such a strip to zero in a few epochs all others lose their use too.
 """
 
 import math
@@ -28,8 +28,9 @@ from lmnas.train import Mean, NotFinite, Recovery, Training, WeightTraining
 
 DIGITS = 5
 """Significant digits of norms in the record."""
-OF_MEDIAN = 0.5
-"""The default strength by the strips' median worth."""
+OF_MEDIAN = 0.55
+"""The default strength by the strips' median worth. Where all weights of a strip are worth the same, evidence turns
+against it below 1.745 times lambda (`Layout.gain` is zero at the variance that `Layout.update` finds)."""
 OUTER = "embedding"
 """The family of the embedding's dimensions, which are the last layer's units: input and output are tied."""
 
@@ -43,6 +44,8 @@ class Sparsity:
         rounds: curvature, update and training, so often.
         round_epochs: passes over the training data in a round.
         dynamic: prune after every round instead of after the last alone.
+        share: of a family's living strips, the most that evidence may take in one round of dynamic pruning, so that
+            the others can take over; without it after the last round there is no limit.
         threshold: of a strip's norm by its family's largest, below which it counts as zero.
         curvature: `sampled` or `recursion` (`lmnas.curvature.weights`), over `curvature_batches` batches.
     """
@@ -51,6 +54,7 @@ class Sparsity:
     rounds: int = 3
     round_epochs: int = 1
     dynamic: bool = True
+    share: float = 0.25
     threshold: float = 0.01
     curvature: str = "sampled"
     curvature_batches: int = 4
@@ -110,15 +114,13 @@ def upcoming(weights: WeightTraining, task: Task, training: Training, n: int, in
 
 
 def worth(strips: Layout, weights: Weights, curvature: Weights) -> PerFamily:
-    """The largest lambda at which every strip stays: the mean of w^2 H over its weights, weighted by H.
+    """The mean of w^2 H over every strip's weights: about the lambda from which on evidence is against it.
 
-    At fixed curvature and least-cost weights w, evidence rises with a strip's variance from 0 on where
-    sum_e h_e (w_e^2 h_e - 1) > 0, h = H / lambda. After training with the penalty it errs towards less.
+    Half of its sum is what dropping the strip costs, by the diagonal of the curvature.
     """
-    by_weight = {name: curvature[name].double() for name in strips.by_weight}
-    squares = {name: (weights[name].detach().double() * each).square() for name, each in by_weight.items()}
-    total, above = strips.sums(by_weight), strips.sums(squares)
-    return {name: torch.where(total[name] > 0, above[name] / total[name], 0.0) for name in total}
+    total = strips.sums({k: weights[k].detach().double().square() * curvature[k].double() for k in strips.by_weight})
+    counts = strips.counts(weights)
+    return {name: total[name] / counts[name] for name in total}
 
 
 def sparsify(
@@ -142,7 +144,7 @@ def sparsify(
     recovery, loss_mean = Recovery(job), Mean()
     strength, omega = sparsity.strength, strips.full(0.0)
     alive = {name: torch.ones_like(value, dtype=torch.bool) for name, value in omega.items()}
-    updates, rounds, before = 0, list[dict[str, Any]](), dict[str, Any]()
+    begin, rounds, before = dict[str, Any](), list[dict[str, Any]](), dict[str, Any]()
 
     def state() -> dict[str, Any]:
         return {
@@ -150,7 +152,7 @@ def sparsify(
             "strength": strength,
             "omega": omega,
             "alive": alive,
-            "updates": updates,
+            "begin": begin,
             "rounds": rounds,
             "before": before,
             "loss": [loss_mean.total, loss_mean.count],
@@ -158,20 +160,20 @@ def sparsify(
         }
 
     def restore(saved: dict[str, Any]) -> None:
-        nonlocal strength, omega, alive, updates, rounds, before
+        nonlocal strength, omega, alive, begin, rounds, before
         weights.load_state_dict(saved["training"])
         strength, omega, alive = saved["strength"], saved["omega"], saved["alive"]
-        updates, rounds, before = saved["updates"], list(saved["rounds"]), saved["before"]
+        begin, rounds, before = saved["begin"], list(saved["rounds"]), saved["before"]
         loss_mean.total, loss_mean.count = saved["loss"]
 
-    def update() -> dict[str, Any]:
-        """Variances and penalty weights from the curvature here; what is told of them."""
-        nonlocal omega, strength
-        data = upcoming(weights, task, training, sparsity.curvature_batches, updates)
+    def measure(index: int) -> tuple[dict[str, Any], PerFamily]:
+        """Penalty weights from the curvature here; what is told of it, and the evidence that every strip adds."""
+        nonlocal strength, omega
+        data = upcoming(weights, task, training, sparsity.curvature_batches, index)
         if sparsity.curvature == "recursion":
             curvature = recursion_weights(model, data)
         else:
-            curvature = sampled_weights(model, data, seed, updates)
+            curvature = sampled_weights(model, data, seed, index)
         worths = worth(strips, parameters, curvature)
         living = torch.cat([worths[name][alive[name]] for name in worths])
         if strength is None:
@@ -179,26 +181,33 @@ def sparsify(
         h = {name: curvature[name] / strength for name in strips.by_weight}
         s = strips.update(parameters, h, strips.full(1.0))
         omega = strips.omega(h, s)
-        gamma = {name: [_rounded(value) for value in variances.tolist()] for name, variances in s.items()}
-        return {"worth_median": living.median().item(), "worth_max": living.max().item(), "gamma": gamma}
+        gain = strips.gain(parameters, h, s)
+        told = {"worth_median": living.median().item(), "gamma": _listed(s), "gain": _listed(gain)}
+        return told, gain
 
-    def prune() -> None:
-        """Strips that are zero or tiny die; their weights become zero."""
+    def prune(gain: PerFamily) -> None:
+        """Strips that are zero or tiny die, and those that evidence is against, the worst first."""
         norms = strips.norms(parameters)
         for name, norm in norms.items():
             alive[name] = alive[name] & (norm > sparsity.threshold * norm.max())
+            against = (alive[name] & (gain[name] <= 0)).nonzero()[:, 0]
+            if len(against) == alive[name].sum():
+                advice = f"units were worth about {begin['worth_median']:.1e} at first, try --strength"
+                raise Emptied(
+                    f"strength {strength:g}: no unit of family {name!r} is left; "
+                    f"{advice} {OF_MEDIAN * begin['worth_median']:.1e} or less"
+                )
+            if sparsity.dynamic:
+                against = against[gain[name][against].argsort()][: math.ceil(sparsity.share * alive[name].sum().item())]
+            alive[name][against] = False
         strips.shrink(parameters, _thresholds(strips.full(0.0), alive))
-        empty = [name for name, living in alive.items() if not living.any()]
-        if empty:
-            suggestion = rounds[0]["worth_median"]
-            advice = f"; units were worth about {suggestion:.1e} at first, try --strength {suggestion / 2:.1e}"
-            raise Emptied(f"strength {strength:g}: no unit of family {empty[0]!r} is left{advice}")
 
     saved = job.load()
     if saved is None:
         for split in ("valid", "test"):
             score = task.evaluate(model, split, batches)
             before[split] = {"value": score.value, "n_predictions": score.n_predictions}
+        begin, _ = measure(0)
         job.save(state())
     else:
         restore(saved)
@@ -206,11 +215,6 @@ def sparsify(
 
     while weights.stream.epoch < training.epochs:
         epoch = weights.stream.epoch
-        if updates == epoch // sparsity.round_epochs:
-            told = update()
-            updates += 1
-            rounds.append({"round": updates, **told})
-            job.save(state())
         try:
             batch = weights.draw()
             loss_mean.add(weights.update(batch))
@@ -219,10 +223,11 @@ def sparsify(
             strips.shrink(parameters, _thresholds({name: rate * each for name, each in omega.items()}, alive))
             ended = weights.stream.epoch > epoch
             if ended:
-                if weights.stream.epoch % sparsity.round_epochs == 0 and (
-                    sparsity.dynamic or weights.stream.epoch == training.epochs
-                ):
-                    prune()
+                full = weights.stream.epoch % sparsity.round_epochs == 0
+                if full:
+                    measured, gain = measure(len(rounds) + 1)
+                    if sparsity.dynamic or weights.stream.epoch == training.epochs:
+                        prune(gain)
                 score = task.evaluate(model, "valid", batches)
                 if not math.isfinite(score.value):
                     raise NotFinite("validation score is not finite")
@@ -234,26 +239,31 @@ def sparsify(
             continue
         if ended:
             norms = strips.norms(parameters)
-            largest = {name: norm.max() for name, norm in norms.items()}
             told = {
                 "train_loss": loss_mean.value(),
                 "valid": score.value,
-                "units": {n: int((norm > sparsity.threshold * largest[n]).sum()) for n, norm in norms.items()},
+                "units": {n: int((norm > sparsity.threshold * norm.max()).sum()) for n, norm in norms.items()},
             }
             job.events.emit("epoch", epoch=epoch + 1, step=weights.steps, **told)
-            if weights.stream.epoch % sparsity.round_epochs == 0:
-                shown = {name: [_rounded(value) for value in norm.tolist()] for name, norm in norms.items()}
-                rounds[-1] = {**rounds[-1], **told, "norms": shown}
+            if full:
+                rounds.append({"round": len(rounds) + 1, **told, **measured, "norms": _listed(norms)})
             loss_mean = Mean()
         if ended or weights.steps % training.checkpoint_steps == 0:
             job.save(state())
         job.stop_if_asked(state)
         done = weights.steps / max(weights.stream.steps_per_epoch, 1)
-        text = "" if "units" not in rounds[-1] else f"units {'/'.join(map(str, rounds[-1]['units'].values()))}"
+        text = f"units {'/'.join(map(str, rounds[-1]['units'].values()))}" if rounds else "first round"
         job.progress(min(done, training.epochs), training.epochs, text)
 
     kept = {name: living.nonzero()[:, 0].tolist() for name, living in alive.items()}
-    return {"strength": strength, "kept": kept, "rounds": rounds, "before": before, "steps": weights.steps}
+    return {
+        "strength": strength,
+        "begin": begin,
+        "kept": kept,
+        "rounds": rounds,
+        "before": before,
+        "steps": weights.steps,
+    }
 
 
 def _thresholds(thresholds: PerFamily, alive: dict[str, Tensor]) -> PerFamily:
@@ -261,5 +271,6 @@ def _thresholds(thresholds: PerFamily, alive: dict[str, Tensor]) -> PerFamily:
     return {name: each.masked_fill(~alive[name], math.inf) for name, each in thresholds.items()}
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
+def _listed(each: PerFamily) -> dict[str, list[float]]:
+    """Rounded, for the record."""
+    return {name: [float(f"{value:.{DIGITS}g}") for value in values.tolist()] for name, values in each.items()}

@@ -202,6 +202,28 @@ def test_a_lone_weight_has_the_worked_variance():
     assert s["one"].item() == pytest.approx(0.5 + math.sqrt(0.75), abs=1e-9)
 
 
+def test_gain_is_the_evidence_of_keeping_a_weight():
+    """Against the integral of exp(-h (v - w)^2 / 2) over v ~ N(0, gamma), by sums over a fine grid."""
+    strips = Layout((Family("one", 1, (Piece("w", 0),)),))
+    v = torch.linspace(-30, 30, 600_001, dtype=DOUBLE)
+    for w, h, gamma in ((1.0, 2.0, 0.7), (0.3, 2.0, 0.5), (2.0, 0.4, 5.0)):
+        prior = (-v.square() / (2 * gamma)).exp() / math.sqrt(2 * math.pi * gamma)
+        kept = ((-h * (v - w).square() / 2).exp() * prior).sum() * 1e-4
+        expected = 2 * (kept.log() + h * w * w / 2)
+        weights, curvature = {"w": torch.tensor([w])}, {"w": torch.tensor([h])}
+        found = strips.gain(weights, curvature, strips.full(gamma))["one"].item()
+        assert found == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_gain_of_equal_weights_turns_at_the_documented_worth():
+    """u = w^2 h. The best variance is g / h, g = u / 2 + sqrt(u^2 / 4 + u); u g / (1 + g) = log(1 + g) at u = 1.745."""
+    strips = Layout((Family("one", 1, (Piece("w", 0),)),))
+    for u, sign in ((1.74, -1), (1.75, 1)):
+        weights, h = {"w": torch.full((1, 7), 0.5)}, {"w": torch.full((1, 7), u / 0.25)}
+        s = strips.update(weights, h, strips.full(1.0), 100)
+        assert strips.gain(weights, h, s)["one"].item() * sign > 0
+
+
 # ------------------------------------------------------------------------------------------------------------- cutting
 
 
