@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     compress.add_argument("run", type=Path, help="a run directory with a trained LSTM or plain recurrent network")
     compress.add_argument("--out", type=Path, help="the compressed model's directory (default: RUN/compressed)")
     compress.add_argument(
-        "--strength", type=float, help="lambda (default: 0.55 of what a weight of the median unit is worth)"
+        "--strength", type=float, help="lambda (default: where evidence is against half of the units)"
     )
     compress.add_argument("--rounds", type=int, default=3, help="curvature, update and training (default: 3)")
     compress.add_argument("--round-epochs", type=int, default=1, help="training passes a round (default: 1)")

@@ -211,8 +211,8 @@ def text(document: dict[str, Any]) -> str:
         lines.append(f"{split} {objective['name']}: {before[split]:.2f} -> {after[split]:.2f} {objective['unit']}")
     if before["units"] == after["units"]:
         lines.append(
-            f"no unit was taken out at strength {document['strength']:.2g}; half of them are worth less "
-            f"than {document['begin']['worth_median']:.2g}"
+            f"no unit was taken out at strength {document['strength']:.2g}; half of them were to go at "
+            f"{document['begin']['break_even']:.2g}"
         )
     lines.append(f"model: {document['out']} (norms of its strips: {document['pictures'][0]})")
     return "\n".join(lines)

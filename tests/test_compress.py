@@ -210,7 +210,7 @@ class Stops:
 
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_stopped_and_continued_equals_never_stopped(dynamic, warm, tiny_task, tmp_path):
-    sparsity = Sparsity(rounds=2, dynamic=dynamic, curvature_batches=1)
+    sparsity = Sparsity(rounds=2, dynamic=dynamic, curvature_batches=1, threshold=0.8)
     training: Training = settings()
 
     def life(directory, stop):
@@ -236,7 +236,7 @@ def test_stopped_and_continued_equals_never_stopped(dynamic, warm, tiny_task, tm
 
 def test_dead_strips_are_exactly_zero_and_stay_so(warm, tiny_task, tmp_path):
     model = warm()
-    sparsity = Sparsity(rounds=2, curvature_batches=1)
+    sparsity = Sparsity(rounds=2, curvature_batches=1, threshold=0.8)
     found = sparsify(model, tiny_task, settings(), sparsity, 0, Job(tmp_path), torch.device("cpu"))
     norms = layout(model).norms(dict(model.named_parameters()))
     for family, kept in found["kept"].items():

@@ -28,9 +28,8 @@ from lmnas.train import Mean, NotFinite, Recovery, Training, WeightTraining
 
 DIGITS = 5
 """Significant digits of norms in the record."""
-OF_MEDIAN = 0.55
-"""The default strength by the strips' median worth. Where all weights of a strip are worth the same, evidence turns
-against it below 1.745 times lambda (`Layout.gain` is zero at the variance that `Layout.update` finds)."""
+SPAN, ROUGHLY = 1000.0, 20
+"""How far from w^2 H the default strength is looked for, and updates of the variances meanwhile."""
 OUTER = "embedding"
 """The family of the embedding's dimensions, which are the last layer's units: input and output are tied."""
 
@@ -40,7 +39,7 @@ class Sparsity:
     """How units are taken out.
 
     Attributes:
-        strength: lambda, nats a prediction; see `worth`. None: so many times the strips' median worth at the start.
+        strength: lambda, nats a prediction. None: `break_even` at the start.
         rounds: curvature, update and training, so often.
         round_epochs: passes over the training data in a round.
         dynamic: prune after every round instead of after the last alone.
@@ -113,14 +112,26 @@ def upcoming(weights: WeightTraining, task: Task, training: Training, n: int, in
     return batches
 
 
-def worth(strips: Layout, weights: Weights, curvature: Weights) -> PerFamily:
-    """The mean of w^2 H over every strip's weights: about the lambda from which on evidence is against it.
+def break_even(strips: Layout, weights: Weights, curvature: Weights) -> float:
+    """The lambda at which evidence is against half of all strips, by bisection to 2 percent.
 
-    Half of its sum is what dropping the strip costs, by the diagonal of the curvature.
+    Where all weights of a strip are alike, evidence turns against it at w^2 H / 1.745. 0 without curvature.
     """
-    total = strips.sums({k: weights[k].detach().double().square() * curvature[k].double() for k in strips.by_weight})
+    worth = strips.sums({k: weights[k].detach().double().square() * curvature[k].double() for k in strips.by_weight})
     counts = strips.counts(weights)
-    return {name: total[name] / counts[name] for name in total}
+    middle = torch.cat([worth[name] / counts[name] for name in worth]).median().item()
+    if not middle > 0:
+        return 0.0
+    low, high = middle / SPAN, middle * SPAN
+    while high > 1.02 * low:
+        strength = math.sqrt(low * high)
+        h = {name: curvature[name] / strength for name in strips.by_weight}
+        gain = strips.gain(weights, h, strips.update(weights, h, strips.full(1.0), ROUGHLY))
+        if torch.cat(list(gain.values())).median() > 0:
+            low = strength
+        else:
+            high = strength
+    return low
 
 
 def sparsify(
@@ -174,16 +185,18 @@ def sparsify(
             curvature = recursion_weights(model, data)
         else:
             curvature = sampled_weights(model, data, seed, index)
-        worths = worth(strips, parameters, curvature)
-        living = torch.cat([worths[name][alive[name]] for name in worths])
-        if strength is None:
-            strength = OF_MEDIAN * living.median().item()
+        told: dict[str, Any] = {}
+        if index == 0:
+            told = {"break_even": break_even(strips, parameters, curvature)}
+            strength = strength or told["break_even"]
+            if not strength:
+                raise Emptied("the loss has no curvature where this model stands: it must be trained before")
+        assert strength is not None
         h = {name: curvature[name] / strength for name in strips.by_weight}
         s = strips.update(parameters, h, strips.full(1.0))
         omega = strips.omega(h, s)
         gain = strips.gain(parameters, h, s)
-        told = {"worth_median": living.median().item(), "gamma": _listed(s), "gain": _listed(gain)}
-        return told, gain
+        return {**told, "gamma": _listed(s), "gain": _listed(gain)}, gain
 
     def prune(gain: PerFamily) -> None:
         """Strips that are zero or tiny die, and those that evidence is against, the worst first."""
@@ -192,10 +205,9 @@ def sparsify(
             alive[name] = alive[name] & (norm > sparsity.threshold * norm.max())
             against = (alive[name] & (gain[name] <= 0)).nonzero()[:, 0]
             if len(against) == alive[name].sum():
-                advice = f"units were worth about {begin['worth_median']:.1e} at first, try --strength"
                 raise Emptied(
-                    f"strength {strength:g}: no unit of family {name!r} is left; "
-                    f"{advice} {OF_MEDIAN * begin['worth_median']:.1e} or less"
+                    f"strength {strength:g}: no unit of family {name!r} is left; half of all were to go at "
+                    f"{begin['break_even']:.1e} when it began, try --strength {begin['break_even'] / 2:.1e}"
                 )
             if sparsity.dynamic:
                 against = against[gain[name][against].argsort()][: math.ceil(sparsity.share * alive[name].sum().item())]
