@@ -254,7 +254,7 @@ def sparsify(
             told = {
                 "train_loss": loss_mean.value(),
                 "valid": score.value,
-                "units": {n: int((norm > sparsity.threshold * norm.max()).sum()) for n, norm in norms.items()},
+                "units": {name: int(living.sum()) for name, living in alive.items()},
             }
             job.events.emit("epoch", epoch=epoch + 1, step=weights.steps, **told)
             if full:
