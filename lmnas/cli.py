@@ -78,6 +78,24 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--workers", type=int, default=1, help="processes, one thread each (default: 1)")
     score.add_argument("--csv", action="store_true", help="comma-separated values on standard output")
 
+    compress = command("compress", "take units out of a trained recurrent model and leave a smaller dense one")
+    compress.add_argument("run", type=Path, help="a run directory with a trained LSTM or plain recurrent network")
+    compress.add_argument("--out", type=Path, help="the compressed model's directory (default: RUN/compressed)")
+    compress.add_argument(
+        "--strength", type=float, help="lambda (default: where evidence is against half of the units)"
+    )
+    compress.add_argument("--rounds", type=int, default=3, help="curvature, update and training (default: 3)")
+    compress.add_argument("--round-epochs", type=int, default=1, help="training passes a round (default: 1)")
+    compress.add_argument("--epochs", type=int, default=1, help="fine-tuning of the smaller model (default: 1)")
+    compress.add_argument("--learning-rate", type=float, help="of SGD (default: a quarter of the run's, 1 after Adam)")
+    compress.add_argument(
+        "--pruning", choices=["dynamic", "last"], default="dynamic", help="every round, or at the end"
+    )
+    compress.add_argument("--share", type=float, default=0.25, help="of the units, the most that a round takes (0.25)")
+    compress.add_argument("--threshold", type=float, default=0.01, help="norm by the largest, that is zero (0.01)")
+    compress.add_argument("--curvature", choices=["sampled", "recursion"], default="sampled", help="(default: sampled)")
+    compress.add_argument("--seed", type=int, default=0, help="of batches, noise and labels")
+
     bench = command("bench", "measure this machine, or compare with a published benchmark")
     bench.add_argument("name", help=f"one of {', '.join(BENCHES)}; `lmnas bench NAME --help` lists its options")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="the bench's options")
@@ -240,6 +258,20 @@ def _score(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _compress(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from lmnas import compress
+    from lmnas.progress import Display
+
+    try:
+        with Display() as display:
+            document = compress.run(options, display)
+    except Interrupted:
+        print("lmnas: stopped, everything is saved; the same command continues", file=sys.stderr)
+        return 130
+    say(options, document, compress.text(document))
+    return 0
+
+
 def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
     inner = bench_parser(options.name).parse_args(options.rest)
     inner.json |= options.json
@@ -270,6 +302,7 @@ COMMANDS = {
     "list": _list,
     "show": _show,
     "score": _score,
+    "compress": _compress,
     "bench": _bench,
 }
 

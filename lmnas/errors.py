@@ -31,7 +31,7 @@ class Unscored(Diverged):
 
 
 class Emptied(Unscored):
-    """A search that pruned its whole space away: it has no candidate, and the cause says what to change."""
+    """Pruning that left nothing, no candidate of a search or no unit of a network: the cause says what to change."""
 
 
 class Interrupted(Exception):

@@ -8,9 +8,7 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
 import statistics
 import time
 from collections.abc import Iterator
@@ -44,7 +42,7 @@ from lmnas.kernels import must_compile, unavailable
 from lmnas.pin import FILE, Pin, read_pin, write_pin
 from lmnas.plan import RECURRENT, plan
 from lmnas.preflight import given_genotype, preflight
-from lmnas.progress import Display, seconds_text
+from lmnas.progress import Display, Stop, seconds_text
 from lmnas.protocols import Space, Strategy, Trial
 from lmnas.report.html import write_report
 from lmnas.run import Record, Run, environment
@@ -75,7 +73,7 @@ class Experiment:
         execution = self.recipe.execution
         self.device = open_device(execution.device)
         self.threads = execution.threads or default_threads(execution.workers)
-        self.stopping = False
+        self.stop = Stop(display)
         self.executor: Inline | Processes | None = None
         self.given = given_genotype(self.recipe, self.space)
 
@@ -96,7 +94,7 @@ class Experiment:
         environment_document = {**self.environment(), "data": self.task.data()}
         write_json(self.run.path / "environment.json", environment_document)
         self.run.note("start", stages=list(stages), environment=environment_document)
-        with self._executor(), self._signals():
+        with self._executor(), self.stop:
             for stage in stages:
                 began = time.monotonic()
                 getattr(self, stage)()
@@ -161,33 +159,13 @@ class Experiment:
     @contextlib.contextmanager
     def _executor(self) -> Iterator[None]:
         execution = self.recipe.execution
-        arguments = (self.run.path, str(self.device), self.threads, self._update, lambda: self.stopping)
+        arguments = (self.run.path, str(self.device), self.threads, self._update, lambda: self.stop.asked)
         self.executor = Inline(*arguments) if execution.workers == 1 else Processes(*arguments, execution.workers)
         try:
             yield
         finally:
             self.executor.close()
             self.executor = None
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM ask for a stop; the second one does not wait."""
-
-        def ask(number: int, frame: Any) -> None:
-            if self.stopping:
-                os._exit(130)
-            self.stopping = True
-            self.display.message("stopping: saving the state (once more to leave at once) ...")
-
-        previous: dict[int, Any] = {}
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-                previous[number] = signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _update(self, update: dict[str, Any]) -> None:
         if "message" in update:
@@ -203,7 +181,7 @@ class Experiment:
             else:
                 text = result.get("failure", "done")
             self.display.message(f"[{finished}/{len(jobs)}] {name}: {text}")
-            if self.stopping:
+            if self.stop.asked:
                 raise Interrupted
 
     def _result(self, job: str) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""What a worker does: four kinds of jobs, each a pure function of the run's recipe and a few plain arguments.
+"""What a worker does: six kinds of jobs, each a pure function of the run's recipe and a few plain arguments.
 
 prepare   train the shared weights of one search                    -> its directory's prepared.safetensors
 estimate  score genotypes with that search's estimator              -> values
 fit       train one stand-alone model from scratch                  -> model.safetensors and its validation score
 test      evaluate a fitted model on the test split                 -> value
+compress  take units out of a trained model (lmnas.sparsity)        -> model.safetensors, smaller, and its genotype
+finetune  train the smaller model a little                          -> as fit
 """
 
 import contextlib
@@ -27,9 +29,12 @@ from lmnas.genotype import Genotype
 from lmnas.job import Job, read_result, read_spec
 from lmnas.pin import read_pin
 from lmnas.protocols import Estimator, Space, Strategy, Task
-from lmnas.train import Training, fit, initialise, n_parameters
+from lmnas.sparsity.training import OUTER, Sparsity, layout, sparsify
+from lmnas.train import Training, fit, initialise, n_parameters, save_weights
 
 Report = Callable[[dict[str, Any]], None]
+DENSE = "dense.safetensors"
+"""The weights that a compression began from, in its directory."""
 
 
 def open_task(recipe: Recipe, *, fresh: bool = False) -> Task:
@@ -181,6 +186,103 @@ def _test(run: Path, recipe: Recipe, job: Job, device: torch.device, *, fitted: 
     return {**score, "seconds": job.seconds}
 
 
+def _compress(
+    run: Path,
+    recipe: Recipe,
+    job: Job,
+    device: torch.device,
+    *,
+    dense: dict[str, Any],
+    digest: str,
+    seed: int,
+    learning_rate: float,
+    sparsity: dict[str, Any],
+) -> dict[str, Any]:
+    task = open_task(recipe)
+    training = at_rate(recipe.train.training, learning_rate)
+    settings = Sparsity(**sparsity)
+    net = load_model(recipe, task, dense, run / DENSE).to(device)
+    found = sparsify(net, task, training, settings, seed, job, device)
+    strips = layout(net)
+    kept = {
+        family.name: torch.zeros(family.size, dtype=torch.bool).index_fill(
+            0, torch.tensor(found["kept"][family.name]), True
+        )
+        for family in strips.families
+    }
+    genotype, width = smaller_genotype(Genotype.from_dict(dense["genotype"]), found["kept"])
+    model = {**dense["model"], "width": width}
+    changed = replace(training, model={**training.model, **model})
+    reduced = build_model(task, genotype, changed, space=space_for(recipe, genotype)).to(device)
+    reduced.load_state_dict(strips.cut(net.state_dict(), kept))
+    batches = training.batch_settings(task)
+    masked, cut = (task.evaluate(m, "valid", batches) for m in (net, reduced))
+    # one function twice, but for the order of its sums
+    assert abs(masked.value - cut.value) <= 1e-3 * abs(masked.value), (masked.value, cut.value)
+    save_weights(reduced, job)
+    return {
+        **found,
+        "genotype": genotype.to_dict(),
+        "model": model,
+        "n_parameters_before": n_parameters(net),
+        "n_parameters": n_parameters(reduced),
+        "masked_value": masked.value,
+        "value": cut.value,
+        "n_predictions": cut.n_predictions,
+        "split": "valid",
+        "seconds": job.seconds,
+    }
+
+
+def _finetune(
+    run: Path,
+    recipe: Recipe,
+    job: Job,
+    device: torch.device,
+    *,
+    genotype: Any,
+    model: Any,
+    seed: int,
+    epochs: int,
+    learning_rate: float,
+    reduced: str,
+) -> dict[str, Any]:
+    task, before = open_task(recipe), read_result(run / "jobs" / reduced)
+    assert before is not None, reduced
+    spec = {"genotype": genotype, "model": model}
+    net = load_model(recipe, task, spec, intact(run, reduced, "model.safetensors")).to(device)
+    given = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    kept = {"value": before["value"], "n_predictions": before["n_predictions"], "epoch": 0, "steps": 0}
+    result = {**kept, "n_parameters": n_parameters(net), "tokens_per_second": None}
+    if epochs:
+        result = fit(
+            net, task, replace(at_rate(recipe.train.training, learning_rate), epochs=epochs), seed, job, device
+        )
+        if not task.objective.better(result["value"], before["value"]):
+            result = {**result, **kept, "steps": result["steps"]}
+            net.load_state_dict(given)
+    save_weights(net, job)
+    return {**result, "seconds": job.seconds}
+
+
+def at_rate(training: Training, learning_rate: float) -> Training:
+    """The same training by SGD at another rate."""
+    optimizer = replace(training.optimizer, method="sgd", learning_rate=learning_rate, decay=1.0)
+    return replace(training, optimizer=optimizer)
+
+
+def smaller_genotype(genotype: Genotype, kept: dict[str, list[int]]) -> tuple[Genotype, int]:
+    """What is left of an `lstm` or `recurrent-layers`, and its width; an `lstm` stays one while all layers agree."""
+    layers = genotype.choices["layers"]
+    width = len(kept[OUTER])
+    inner = [len(kept[f"layer {i}"]) for i in range(1, layers)]
+    if genotype.space != "recurrent-layers" and all(units == width for units in inner):
+        return genotype, width
+    cell = genotype.choices.get("cell", "lstm")
+    units = {f"units_{i}": count for i, count in enumerate(inner, start=1)}
+    return Genotype("recurrent-layers", {"cell": cell, "layers": layers, **units}), width
+
+
 def load_model(recipe: Recipe, task: Task, spec: dict[str, Any], weights: Path) -> torch.nn.Module:
     """A trained model from its weights and the spec of the job that fitted it.
 
@@ -214,6 +316,8 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "estimate": _estimate,
     "fit": _fit,
     "test": _test,
+    "compress": _compress,
+    "finetune": _finetune,
 }
 
 

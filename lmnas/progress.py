@@ -1,5 +1,8 @@
 """Progress on standard error: bars with time left on a terminal, plain lines elsewhere."""
 
+import contextlib
+import os
+import signal
 import sys
 import time
 from typing import Any
@@ -65,6 +68,32 @@ class Display:
             self.printed[job] = now
             left = f", {seconds_text((now - start) * (total - done) / done)} left" if done > 0 and now > start else ""
             print(f"{job}: {done / total:.0%}{left}, {text}", file=sys.stderr, flush=True)
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask for a stop inside the block; the second one does not wait."""
+
+    def __init__(self, display: Display):
+        self.display = display
+        self.asked = False
+        self.previous: dict[int, Any] = {}
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            os._exit(130)
+        self.asked = True
+        self.display.message("stopping: saving the state (once more to leave at once) ...")
+
+    def __enter__(self) -> "Stop":
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+                self.previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
 
 
 def seconds_text(seconds: float) -> str:

@@ -21,6 +21,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "recurrent-sparse": "lmnas.spaces.recurrent_sparse:RecurrentSparse",
         "lstm": "lmnas.spaces.lstm:LSTM",
         "resnet": "lmnas.spaces.resnet:ResNet",
+        "recurrent-layers": "lmnas.spaces.recurrent_layers:RecurrentLayers",
         "flexibert": "lmnas.spaces.flexibert:FlexiBERT",
         "recurrent-graph": "lmnas.spaces.recurrent_graph:RecurrentGraph",
         "enas-macro": "lmnas.spaces.conv_macro:ConvMacro",

@@ -148,6 +148,8 @@ class WeightTraining:
         self.epoch = 0
         """That of the batch in hand; the stream's own has grown already when that batch is the last of a pass."""
         self.steps = 0
+        self.step_size = 0.0
+        """What the last gradient was multiplied by before it was taken off the weights: rate and clipping (SGD)."""
         self.salt = 0
         """Grows at every recovery, so that the steps after it draw other noise than those that led to NaN."""
 
@@ -193,8 +195,10 @@ class WeightTraining:
         value, norm_value = torch.stack([loss.detach(), norm.to(loss.dtype)]).tolist()
         if not (math.isfinite(value) and math.isfinite(norm_value)):
             raise NotFinite(f"{'loss' if not math.isfinite(value) else 'gradient norm'} is not finite")
+        rate = self.learning_rate * batch.lr_scale
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * batch.lr_scale
+            group["lr"] = rate
+        self.step_size = rate * min(1.0, (self.settings.clip or math.inf) / (norm_value + 1e-6))
         self.optimizer.step()
         self.stream.carry = carry
         self.steps += 1

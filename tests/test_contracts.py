@@ -104,18 +104,22 @@ def inputs_for(space):
     return segment()
 
 
+def each_part(state, function):
+    """Of a carried state: None, a tensor or a tuple of them."""
+    if isinstance(state, tuple):
+        return tuple(each_part(part, function) for part in state)
+    return None if state is None else function(state)
+
+
 def zero_state(body):
     """What a segment begins with, in the body's precision."""
-    state = body.initial_state(B)
-    return state if state is None else state.double()
+    return each_part(body.initial_state(B), lambda part: part.double())
 
 
 def some_state(body):
     """Not the initial state: a gated graph may stay at zero for ever."""
-    state = body.initial_state(B)
-    if state is None:
-        return None
-    return torch.randn(state.shape, generator=generator(0, "state"), dtype=torch.float64)
+    noise = generator(0, "state")
+    return each_part(body.initial_state(B), lambda part: torch.randn(part.shape, generator=noise, dtype=torch.float64))
 
 
 # ------------------------------------------------------------------------------------------------------------ spaces

@@ -1,5 +1,5 @@
 """Second derivatives: of a supernet's loss by its mixture (`diagonal`), of a plain recurrent network's by its weights
-(`chain`), and of any function of a tensor (`generic`)."""
+(`chain`), of a language model's by all of its weights (`weights`), and of any function of a tensor (`generic`)."""
 
 from lmnas.curvature.chain import Chain, ChainCurvature, chain_diagonal
 from lmnas.curvature.generic import (
@@ -11,9 +11,11 @@ from lmnas.curvature.generic import (
 )
 from lmnas.curvature.models import METHODS, Classifier, Method, diagonal
 from lmnas.curvature.recurrent import recurrent_diagonal, softmax_head
+from lmnas.curvature.weights import WEIGHT_METHODS, recursion_weights, sampled_weights
 
 __all__ = [
     "METHODS",
+    "WEIGHT_METHODS",
     "Chain",
     "ChainCurvature",
     "Classifier",
@@ -24,6 +26,8 @@ __all__ = [
     "gauss_newton_diagonal",
     "hutchinson_diagonal",
     "recurrent_diagonal",
+    "recursion_weights",
+    "sampled_weights",
     "softmax_form",
     "softmax_head",
     "squared_gradients",
