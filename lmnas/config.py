@@ -171,14 +171,18 @@ def override(document: dict[str, Any], dotted: str, value: Any) -> None:
     if not parents and last in SECTIONS and isinstance(value, str):
         current = place.get(last)
         current = current if isinstance(current, dict) else {}
-        value = current if current.get("name") == value else {"name": value}
-        if last == "estimator" and "training" in current:
-            value = {**value, "training": current["training"]}
+        value = current if current.get("name") == value else {"name": value, **_kept(last, value, current)}
     elif dotted in {f"{section}.name" for section in SECTIONS} and place.get("name") != value:
-        kept = {"training": place["training"]} if "training" in place else {}
+        kept = _kept(parents[0], value, place)
         place.clear()
         place.update(kept)
     place[last] = value
+
+
+def _kept(section: str, name: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a new component takes over from the one before: how models are trained, if it trains any."""
+    takes = settings_model(registry.component(section, name)).model_fields
+    return {key: settings[key] for key in ("training",) if key in settings and key in takes}
 
 
 def load_recipe(name_or_path: str | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
