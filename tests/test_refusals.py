@@ -458,6 +458,12 @@ def test_images(refused, arguments, message):
     assert message in refused("search", "images.yaml", *arguments)
 
 
+def test_switches_of_convolutional_cells(refused):
+    write_image_recipe(space={"name": "darts-conv", "cells": 3})
+    overrides = ["--strategy", "bayes", "--estimator", "shared"]
+    assert "makes image bodies: strategy 'bayes' is for recurrent ones" in refused("search", "images.yaml", *overrides)
+
+
 def test_commands_for_text_refuse_image_networks(refused):
     assert "makes image bodies, and there are metrics for recurrent and transformer ones only" in refused(
         "score", "resnet-20"

@@ -331,6 +331,11 @@ def _refuse_unfit(space: Space) -> None:
     """Raises UserError where switches cannot say what they are worth."""
     if not space.tables():
         raise UserError(f"strategy 'bayes' needs a space with a relaxation; space {space.name!r} has none")
+    if space.kind != "recurrent":
+        raise UserError(
+            f"space {space.name!r} makes {space.kind} bodies: strategy 'bayes' is for recurrent ones as yet; the batch "
+            f"norms of convolutional cells undo any scale of the switches into a node"
+        )
     if getattr(space, "batch_norm", "none") != "none":
         raise UserError(
             f"space.batch_norm {space.batch_norm!r}: strategy 'bayes' needs 'none', as a norm after a node undoes any "  # type: ignore[attr-defined]
