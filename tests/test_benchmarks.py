@@ -115,3 +115,22 @@ def test_the_front_of_size_and_value():
     ]
     kept = [(row["n_parameters"], row["mean"]) for row in sweep.front(rows, Objective("perplexity", "", "minimize"))]
     assert kept == [(1, 50.0), (3, 40.0), (5, 39.0)]
+
+
+def test_what_searches_cost(cache, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(tiny.text(150))
+    for name, estimator in (("one", "standalone"), ("two", "shared")):
+        document = tiny.recipe(
+            tmp_path / "text.txt", name=name, estimator={"name": estimator, "training": tiny.training()}
+        )
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(document))
+    arguments = [str(tmp_path / f"{name}.yaml") for name in ("one", "two")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["search_cost.py", *arguments, "--out", str(tmp_path / "out")])
+        script("search_cost").main()
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["ratio"] == 1 and second["ratio"] == pytest.approx(
+        second["cpu_seconds"] / first["cpu_seconds"], rel=0.5
+    )
+    assert first["candidates"] == second["candidates"] == 2
+    assert not list((tmp_path / "out").glob("*/jobs/train-*"))
