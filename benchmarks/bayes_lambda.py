@@ -84,6 +84,8 @@ def draw(rows: list[dict[str, Any]], objective: Objective, path: Path) -> None:
             panel.errorbar(row[key], row["mean"], yerr=error, fmt="o", color=plots.MODEL_COLOURS["searched"])
             panel.annotate(f"{row['lambda']:g}", (row[key], row["mean"]), xytext=(4, 4), textcoords="offset points")
         panel.set_xlabel(label)
+        panel.locator_params(axis="x", nbins=4)
+        panel.margins(0.25)
     points = [(row["n_parameters"], row["mean"]) for row in front(rows, objective)]
     figure.axes[0].step(*zip(*points, strict=True), where="post", color=plots.FAINT, zorder=0)
     figure.axes[0].set_ylabel(f"test {objective.name} (lambda beside each)")
