@@ -1,10 +1,7 @@
-"""The verdict's table, for the terminal (rich or plain lines) and as rows for a page."""
+"""The verdict's table, as lines for the terminal and as rows for a page."""
 
 from collections.abc import Mapping
 from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from lmnas.protocols import Objective
 from lmnas.verdict import format_value
@@ -42,17 +39,8 @@ def rows(verdict: Verdict) -> list[list[str]]:
     ]
 
 
-def rich_table(verdict: Verdict, objective: Objective) -> Table:
-    table = Table()
-    for i, title in enumerate(header(verdict, objective)):
-        table.add_column(Text(title), justify="right" if i else "left")
-    for row in rows(verdict):
-        table.add_row(*map(Text, row))  # as Text: brackets in a name are no markup
-    return table
-
-
 def plain_lines(verdict: Verdict, objective: Objective) -> list[str]:
-    """The table in aligned columns, for output that is no terminal."""
+    """The table in aligned columns."""
     table = [header(verdict, objective), *rows(verdict)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(map(_align, row, widths, range(len(row)))) for row in table]

@@ -1,9 +1,5 @@
 """Curves as SVG text, and the verdict's table in its three forms."""
 
-import io
-
-from rich.console import Console
-
 from lmnas.protocols import Objective
 from lmnas.report import plots, tables
 from lmnas.report.plots import Curve
@@ -126,9 +122,3 @@ def test_plain_lines_are_aligned():
     lines = tables.plain_lines(verdict(), PERPLEXITY)
     assert lines[0].startswith("model       test perplexity, mean   95 % interval")
     assert len(set(map(len, lines))) == 1
-
-
-def test_rich_table_takes_names_as_they_are():
-    console = Console(file=io.StringIO(), width=200)
-    console.print(tables.rich_table(verdict(), PERPLEXITY))
-    assert "[bold]lstm" in console.file.getvalue()
