@@ -5,7 +5,6 @@ holds no tensors: it proposes, hands jobs to an executor and records.
 """
 
 import contextlib
-import itertools
 import json
 import math
 import shutil
@@ -320,7 +319,8 @@ class Experiment:
     def select(self) -> None:
         """Retrain the candidates shortly; a pool of one needs none. Where all of a pool fail, the next best follow."""
         settings = self.recipe.select
-        for again in itertools.count():
+        asked: set[str] = set()
+        while True:
             pools = {name: pool for name, pool in self._pools().items() if len(pool) > 1}
             jobs = {
                 f"select-{genotype.id}-{seed}": self._fit_job(
@@ -330,12 +330,13 @@ class Experiment:
                 for genotype in pool
                 for seed in self._seeds(settings.seeds)
             }
-            due = [job for name, job in jobs.items() if read_result(self.run.job(name)) is None]
-            if again and due:
-                self.display.message("select: every candidate of a pool failed; the next ones follow")
-            self._run_jobs(due)
+            due = [job for name, job in jobs.items() if name not in asked]
             if not due:
                 break
+            if asked:
+                self.display.message("select: every candidate of a pool failed; the next ones follow")
+            self._run_jobs(due)
+            asked |= jobs.keys()
         record = Record(self.run, "select", self.task.objective, self.space)
         for name, pool in pools.items():
             for genotype in pool:
