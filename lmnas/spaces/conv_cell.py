@@ -16,7 +16,8 @@ input that no node reads is left out (theirs concatenates it with the loose ends
 drop-path like any other operation. Gradient search on this space is ours.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from abc import ABC, abstractmethod
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -38,6 +39,7 @@ from lmnas.spaces.conv_network import (
     edges,
     first_edge,
 )
+from lmnas.spaces.stated import Stated
 
 DARTS_OPERATIONS = (
     "max_pool_3x3",
@@ -58,10 +60,9 @@ def node_name(kind: str, node: int) -> str:
     return f"{kind}.node_{node}"
 
 
-class _ConvCells:
+class _ConvCells(Stated, ABC):
     """What both spaces do alike. Nodes 0 and 1 are a cell's inputs, chosen ones count from 2."""
 
-    name: ClassVar[str]
     kind = "image"
     loose_ends: bool
 
@@ -82,38 +83,25 @@ class _ConvCells:
             for decision in self._node_decisions(kind, node, node_name(kind, node))
         )
 
+    @abstractmethod
     def _node_decisions(self, kind: str, node: int, prefix: str) -> tuple[Decision, ...]:
-        raise NotImplementedError
+        """What is decided for one node."""
 
+    @abstractmethod
     def _node(self, choices: Any, prefix: str) -> tuple[tuple[int, str], ...]:
         """The node's two (earlier node, operation)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _node_choices(self, prefix: str, pairs: list[tuple[int, str]]) -> dict[str, Any]:
         """What `_node` reads back as `pairs`, whose earlier nodes are in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _layout(self, cells: int) -> Layout:
-        raise NotImplementedError
+        """Of the network with so many cells."""
 
+    @abstractmethod
     def _norms(self, stand_alone: bool) -> Norms:
-        raise NotImplementedError
-
-    def sample(self, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.sample(rng))
-
-    def mutate(self, genotype: Genotype, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.mutate(genotype.choices, rng))
-
-    def check(self, genotype: Genotype) -> None:
-        """Refuse what is not a pair of cells of this space.
-
-        Raises:
-            UserError: another space's genotype, or a decision that is missing, unknown or out of range.
-        """
-        if genotype.space != self.name:
-            raise UserError(f"genotype {genotype.id} is of space {genotype.space!r}, expected {self.name!r}")
-        self.decisions.check(genotype.choices, f"genotype {genotype.id}")
+        """Of the stand-alone network or the supernet."""
 
     def programs(self, genotype: Genotype) -> Programs:
         """The two cells to be run."""

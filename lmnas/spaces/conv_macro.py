@@ -38,6 +38,7 @@ from lmnas.genotype import Genotype
 from lmnas.ops.conv import AvgPool, ConvNorm, DepthwiseSeparable, FactorizedReduction, MaxPool, Norm, initialise
 from lmnas.ops.dropout import draw_mask
 from lmnas.protocols import Choice, Diagram, EdgeTable, Masks, Mixture
+from lmnas.spaces.stated import Stated
 
 OPS = ("conv_3x3", "sep_conv_3x3", "conv_5x5", "sep_conv_5x5", "avg_pool_3x3", "max_pool_3x3")
 """In the order of the authors' codes 0 to 5."""
@@ -51,7 +52,7 @@ def skips_name(layer: int) -> str:
     return f"layer_{layer}.skips"
 
 
-class ConvMacro:
+class ConvMacro(Stated):
     """Decisions: for each layer its operation and the subset of earlier layers, all but the last, that it reads too."""
 
     name = "enas-macro"
@@ -107,22 +108,6 @@ class ConvMacro:
                 ),
             )
         )
-
-    def sample(self, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.sample(rng))
-
-    def mutate(self, genotype: Genotype, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.mutate(genotype.choices, rng))
-
-    def check(self, genotype: Genotype) -> None:
-        """Refuse what is not a network of this space (its number of layers, its operations).
-
-        Raises:
-            UserError: another space's genotype, or a decision that is missing, unknown or out of range.
-        """
-        if genotype.space != self.name:
-            raise UserError(f"genotype {genotype.id} is of space {genotype.space!r}, expected {self.name!r}")
-        self.decisions.check(genotype.choices, f"genotype {genotype.id}")
 
     @classmethod
     def covering(cls, genotype: Genotype) -> "ConvMacro":

@@ -29,7 +29,8 @@ from lmnas.errors import UserError
 from lmnas.genotype import Genotype
 from lmnas.ops.attention import Attention, HeadTransform, SpanConvolution, TransformAttention
 from lmnas.ops.dropout import draw_mask
-from lmnas.protocols import Choice, Diagram, EdgeTable, Masks, Mixture
+from lmnas.protocols import Choice, Diagram, Masks
+from lmnas.spaces.stated import StandAlone, Stated
 
 OPERATIONS = ("SA-SDP", "SA-WMA", "LT-DFT", "LT-DCT", "DSC-5", "DSC-9")
 Network = Literal["flexibert", "trained", "scored"]
@@ -54,7 +55,7 @@ def choice_name(layer: int, what: str) -> str:
     return f"layer_{layer}.{what}"
 
 
-class FlexiBERT:
+class FlexiBERT(Stated, StandAlone):
     """Decisions: the number of layers; for each, operation, heads, hidden size, feed-forward stack and widths."""
 
     name = "flexibert"
@@ -113,29 +114,9 @@ class FlexiBERT:
         sizes: dict[str, Any] = {key: values for key, values in named.items() if values}
         return cls(form="reduced" if "hidden" in choices else "full", **sizes)
 
-    def sample(self, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.sample(rng))
-
-    def mutate(self, genotype: Genotype, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.mutate(genotype.choices, rng))
-
-    def check(self, genotype: Genotype) -> None:
-        if genotype.space != self.name:
-            raise UserError(f"genotype {genotype.id} is of space {genotype.space!r}, expected {self.name!r}")
-        self.decisions.check(genotype.choices, f"genotype {genotype.id}")
-
     def build(self, genotype: Genotype, width: int) -> "Encoder":
         self.check(genotype)
         return Encoder(layers_of(genotype), width, "flexibert", self.max_length)
-
-    def supernet(self, width: int) -> nn.Module:
-        raise UserError("space 'flexibert' has no supernet: use an estimator that trains stand-alone models")
-
-    def tables(self) -> tuple[EdgeTable, ...]:
-        return ()
-
-    def derive(self, mixture: Mixture) -> Genotype:
-        raise UserError("space 'flexibert' has no mixture to derive from")
 
     def diagram(self, genotype: Genotype) -> Diagram:
         nodes, edges, before = [("x", "embeddings", "input")], [], "x"

@@ -7,20 +7,20 @@ have the embedding's width (the paper: 400 / 1150 / 1150 / 400), so that the wid
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from lmnas.decisions import Decisions, OneOf
-from lmnas.errors import UserError
 from lmnas.genotype import Genotype
 from lmnas.ops.dropout import draw_mask
-from lmnas.protocols import Choice, Diagram, EdgeTable, Masks, Mixture
+from lmnas.protocols import Choice, Diagram, Masks
+from lmnas.spaces.stated import StandAlone, Stated
 
 
-class LSTM:
+class LSTM(Stated, StandAlone):
     """Decision: the number of layers."""
 
     name = "lstm"
@@ -37,29 +37,9 @@ class LSTM:
     def covering(cls, genotype: Genotype) -> "LSTM":
         return cls(max_layers=8)
 
-    def sample(self, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.sample(rng))
-
-    def mutate(self, genotype: Genotype, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.mutate(genotype.choices, rng))
-
-    def check(self, genotype: Genotype) -> None:
-        if genotype.space != self.name:
-            raise UserError(f"genotype {genotype.id} is of space {genotype.space!r}, expected {self.name!r}")
-        self.decisions.check(genotype.choices, f"genotype {genotype.id}")
-
     def build(self, genotype: Genotype, width: int) -> "LSTMBody":
         self.check(genotype)
         return LSTMBody(genotype.choices["layers"], width)
-
-    def supernet(self, width: int) -> nn.Module:
-        raise UserError("space 'lstm' has no supernet: use an estimator that trains stand-alone models")
-
-    def tables(self) -> tuple[EdgeTable, ...]:
-        return ()
-
-    def derive(self, mixture: Mixture) -> Genotype:
-        raise UserError("space 'lstm' has no mixture to derive from")
 
     def diagram(self, genotype: Genotype) -> Diagram:
         layers = range(1, genotype.choices["layers"] + 1)

@@ -31,6 +31,7 @@ from lmnas.kernels import (
 )
 from lmnas.ops.dropout import draw_mask
 from lmnas.protocols import Choice, Diagram, EdgeTable, Masks, Mixture
+from lmnas.spaces.stated import Stated
 
 Output = Literal["all-nodes", "loose-ends"]
 
@@ -43,7 +44,7 @@ def activation_name(node: int) -> str:
     return f"node_{node}.activation"
 
 
-class RecurrentCell:
+class RecurrentCell(Stated):
     """Decisions: node 0's activation; then, for each node, which earlier node it reads and its activation."""
 
     name = "recurrent-cell"
@@ -97,22 +98,6 @@ class RecurrentCell:
                 OneOf("output", (output,)),
             ]
         )
-
-    def sample(self, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.sample(rng))
-
-    def mutate(self, genotype: Genotype, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.mutate(genotype.choices, rng))
-
-    def check(self, genotype: Genotype) -> None:
-        """Refuse what is not a cell of this space (the searched one: its own nodes, activations and output).
-
-        Raises:
-            UserError: another space's genotype, or a decision that is missing, unknown or out of range.
-        """
-        if genotype.space != self.name:
-            raise UserError(f"genotype {genotype.id} is of space {genotype.space!r}, expected {self.name!r}")
-        self.decisions.check(genotype.choices, f"genotype {genotype.id}")
 
     @classmethod
     def covering(cls, genotype: Genotype) -> "RecurrentCell":

@@ -31,8 +31,9 @@ from lmnas.decisions import Choices, Decisions
 from lmnas.errors import UserError, nearest
 from lmnas.genotype import Genotype
 from lmnas.ops.dropout import draw_mask
-from lmnas.protocols import Choice, Diagram, EdgeTable, Masks, Mixture
+from lmnas.protocols import Choice, Diagram, Masks
 from lmnas.published import nas_bench_nlp
+from lmnas.spaces.stated import StandAlone
 
 Recipe = dict[str, dict[str, Any]]
 
@@ -348,7 +349,7 @@ class GraphCounts(Decisions):
         raise UserError("space 'recurrent-graph' has no decisions to suggest: a graph is drawn whole")
 
 
-class RecurrentGraph:
+class RecurrentGraph(StandAlone):
     """Cells that are free graphs of linear maps, gates and activations (NAS-Bench-NLP)."""
 
     name = "recurrent-graph"
@@ -461,15 +462,6 @@ class RecurrentGraph:
         """A body that reads `width` and has layers of the given widths, whatever the settings (quick predictors)."""
         self.check(genotype)
         return GraphBody(genotype.choices, width, layers)
-
-    def supernet(self, width: int) -> nn.Module:
-        raise UserError("space 'recurrent-graph' has no supernet: use an estimator that scores stand-alone models")
-
-    def tables(self) -> tuple[EdgeTable, ...]:
-        return ()
-
-    def derive(self, mixture: Mixture) -> Genotype:
-        raise UserError("space 'recurrent-graph' has no mixture to derive from")
 
     def diagram(self, genotype: Genotype) -> Diagram:
         recipe, n = genotype.choices, n_states(genotype.choices)

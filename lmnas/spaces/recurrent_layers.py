@@ -14,16 +14,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lmnas.decisions import Decisions, OneOf
-from lmnas.errors import UserError
 from lmnas.genotype import Genotype
 from lmnas.ops.dropout import draw_mask
-from lmnas.protocols import Choice, Diagram, EdgeTable, Masks, Mixture
+from lmnas.protocols import Choice, Diagram, Masks
+from lmnas.spaces.stated import StandAlone, Stated
 
 CELLS = {"lstm": nn.LSTM, "rnn": nn.RNN}
 Count = Annotated[int, Field(ge=1)]
 
 
-class RecurrentLayers:
+class RecurrentLayers(Stated, StandAlone):
     """LSTM or plain recurrent layers; inner layers may be of other sizes than the embedding."""
 
     name = "recurrent-layers"
@@ -48,30 +48,10 @@ class RecurrentLayers:
         sizes = [value for name, value in genotype.choices.items() if name.startswith("units_")]
         return cls(max_layers=8, units=[size for size in sizes if type(size) is int and size > 0])
 
-    def sample(self, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.sample(rng))
-
-    def mutate(self, genotype: Genotype, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.mutate(genotype.choices, rng))
-
-    def check(self, genotype: Genotype) -> None:
-        if genotype.space != self.name:
-            raise UserError(f"genotype {genotype.id} is of space {genotype.space!r}, expected {self.name!r}")
-        self.decisions.check(genotype.choices, f"genotype {genotype.id}")
-
     def build(self, genotype: Genotype, width: int) -> "LayersBody":
         self.check(genotype)
         inner = [genotype.choices[f"units_{i}"] for i in range(1, genotype.choices["layers"])]
         return LayersBody(genotype.choices["cell"], inner, width)
-
-    def supernet(self, width: int) -> nn.Module:
-        raise UserError("space 'recurrent-layers' has no supernet: use an estimator that trains stand-alone models")
-
-    def tables(self) -> tuple[EdgeTable, ...]:
-        return ()
-
-    def derive(self, mixture: Mixture) -> Genotype:
-        raise UserError("space 'recurrent-layers' has no mixture to derive from")
 
     def diagram(self, genotype: Genotype) -> Diagram:
         cell, layers = genotype.choices["cell"].upper(), genotype.choices["layers"]

@@ -6,7 +6,7 @@ other pixel is taken and the new channels are zeros. ResNet-20 (n = 3, C = 16) h
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lmnas.decisions import Decisions, OneOf
-from lmnas.errors import UserError
 from lmnas.genotype import Genotype
 from lmnas.ops.dropout import draw_mask
-from lmnas.protocols import Choice, Diagram, EdgeTable, Masks, Mixture
+from lmnas.protocols import Choice, Diagram, Masks
+from lmnas.spaces.stated import StandAlone, Stated
 
 STAGES = 3
 LARGEST = 18
 """Blocks in a stage of ResNet-110, the deepest that the paper recommends."""
 
 
-class ResNet:
+class ResNet(Stated, StandAlone):
     """Decision: the number of basic blocks in each of three stages."""
 
     name = "resnet"
@@ -41,29 +41,9 @@ class ResNet:
     def covering(cls, genotype: Genotype) -> "ResNet":
         return cls(max_blocks=LARGEST)
 
-    def sample(self, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.sample(rng))
-
-    def mutate(self, genotype: Genotype, rng: Any) -> Genotype:
-        return Genotype(self.name, self.decisions.mutate(genotype.choices, rng))
-
-    def check(self, genotype: Genotype) -> None:
-        if genotype.space != self.name:
-            raise UserError(f"genotype {genotype.id} is of space {genotype.space!r}, expected {self.name!r}")
-        self.decisions.check(genotype.choices, f"genotype {genotype.id}")
-
     def build(self, genotype: Genotype, width: int) -> "ResNetBody":
         self.check(genotype)
         return ResNetBody(genotype.choices["blocks"], width)
-
-    def supernet(self, width: int) -> nn.Module:
-        raise UserError("space 'resnet' has no supernet: use an estimator that trains stand-alone models")
-
-    def tables(self) -> tuple[EdgeTable, ...]:
-        return ()
-
-    def derive(self, mixture: Mixture) -> Genotype:
-        raise UserError("space 'resnet' has no mixture to derive from")
 
     def diagram(self, genotype: Genotype) -> Diagram:
         n = genotype.choices["blocks"]
