@@ -18,17 +18,17 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import lmnas
-from lmnas.config import load_recipe
-from lmnas.errors import UserError
-from lmnas.files import read_events
-from lmnas.protocols import Objective
+from lmnas.core.contracts import Objective
+from lmnas.core.errors import UserError
+from lmnas.core.files import read_events
 from lmnas.report import plots
+from lmnas.runs.recipe import load_recipe
 
 
 def overrides(recipe: str, strength: float, given: dict[str, Any]) -> dict[str, Any]:
     """Of one run: the sparse space of the recipe's size, this lambda, no baselines."""
-    strategy = lmnas.registry.settings_of("strategy", load_recipe(recipe, given).strategy, "strategy")
-    space = lmnas.registry.settings_of("space", load_recipe(recipe, given).space, "space")
+    strategy = lmnas.core.registry.settings_of("strategy", load_recipe(recipe, given).strategy, "strategy")
+    space = lmnas.core.registry.settings_of("space", load_recipe(recipe, given).space, "space")
     return {
         **given,
         "space": "recurrent-sparse",
@@ -108,7 +108,7 @@ def main() -> None:
     (options.out / "lambda.json").write_text(json.dumps(rows, indent=1) + "\n")
     done = [row for row in rows if row.get("mean") is not None]
     if done:
-        objective = lmnas.registry.create("task", load_recipe(options.recipe, given).task).objective
+        objective = lmnas.core.registry.create("task", load_recipe(options.recipe, given).task).objective
         draw(done, objective, options.out / "lambda.png")
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lmnas.files import digest, write_atomic
-from lmnas.proxies.predictor import Predictor, features
-from lmnas.seeds import rng
-from lmnas.spaces.recurrent_graph import RecurrentGraph
+from lmnas.core.files import digest, write_atomic
+from lmnas.core.seeds import rng
+from lmnas.methods.proxies.predictor import Predictor, features
+from lmnas.spaces.recurrent.graph import RecurrentGraph
 
 SEED, N_CELLS, N_UNTRAINED = 0, 100, 500
 

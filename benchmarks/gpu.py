@@ -29,14 +29,14 @@ from pathlib import Path
 
 import torch
 
-from lmnas.genotype import load_genotype
-from lmnas.jobs import covering_space
-from lmnas.kernels import dispatch, graphs, segment
-from lmnas.protocols import Batch, LearnStep
-from lmnas.seeds import generator, rng
-from lmnas.spaces.lstm import LSTM
-from lmnas.spaces.recurrent_cell import RecurrentCell
-from lmnas.strategies.gradient import architecture_gradient
+from lmnas.core.contracts import Batch, LearnStep
+from lmnas.core.genotype import load_genotype
+from lmnas.core.seeds import generator, rng
+from lmnas.methods.strategies.gradient import architecture_gradient
+from lmnas.nn.kernels import dispatch, graphs, segment
+from lmnas.runs.jobs import covering_space
+from lmnas.spaces.recurrent.cell import RecurrentCell
+from lmnas.spaces.recurrent.lstm import LSTM
 from lmnas.tasks.language_modeling import LanguageModel, ModelSettings
 
 PTB_TOKENS = 929_589

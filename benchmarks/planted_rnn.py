@@ -29,9 +29,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from lmnas.curvature import Chain, chain_diagonal
-from lmnas.seeds import generator
-from lmnas.sparsity.strips import PerFamily, plain_layout
+from lmnas.core.seeds import generator
+from lmnas.nn.curvature import Chain, chain_diagonal
+from lmnas.nn.sparsity.strips import PerFamily, plain_layout
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1)
 TINY = 0.01

@@ -10,10 +10,10 @@ import json
 import time
 from pathlib import Path
 
-from lmnas.config import load_recipe
-from lmnas.experiment import Experiment
-from lmnas.progress import Display
-from lmnas.run import Run
+from lmnas.runs.directory import Run
+from lmnas.runs.experiment import Experiment
+from lmnas.runs.progress import Display
+from lmnas.runs.recipe import load_recipe
 
 ALONE = {"search.seeds": 1, "execution.workers": 1, "execution.threads": 1, "execution.device": "cpu", "baselines": {}}
 

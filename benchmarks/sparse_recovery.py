@@ -5,7 +5,7 @@ h_t observed with noise, several steps in a row. Each method estimates all switc
 its own strengths, the support is the smallest whose refitted loss on held-out data is within one standard error of the
 best, the same rule for all:
 
-    bayes       five outer iterations of `lmnas.evidence` (dependency prior), lambda over a grid
+    bayes       five outer iterations of `lmnas.nn.sparsity.priors` (dependency prior), lambda over a grid
     lasso       the same penalty without reweighting, its weight over a grid
     magnitude   least squares without a penalty, the k largest kept, k over a grid
 
@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmnas import evidence
-from lmnas.evidence import Penalty, Switches
-from lmnas.kernels import OPS, edges, reference
-from lmnas.seeds import generator, rng
+from lmnas.core.seeds import generator, rng
+from lmnas.nn.kernels import OPS, edges, reference
+from lmnas.nn.sparsity import priors as evidence
+from lmnas.nn.sparsity.priors import Penalty, Switches
 
 METHODS = ("bayes", "lasso", "magnitude")
 LAMBDAS = (1.0, 10.0, 100.0, 1000.0)

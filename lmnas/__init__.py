@@ -2,14 +2,15 @@
 
 from typing import Any
 
-__version__ = "0.1.0"
-__all__ = ["load", "search"]
+from lmnas.core.version import VERSION as __version__
+
+__all__ = ["__version__", "load", "search"]
 
 
 def __getattr__(name: str) -> Any:
     # imported when asked for: `lmnas list` should not wait for torch
-    if name in __all__:
-        from lmnas import api
+    if name in ("load", "search"):
+        from lmnas.runs import api
 
         return getattr(api, name)
     raise AttributeError(f"module 'lmnas' has no attribute {name!r}")

@@ -12,10 +12,10 @@ import test_contracts as contracts
 import tiny
 
 import lmnas
-from lmnas import registry
-from lmnas.cli import main
-from lmnas.config import load_recipe
-from lmnas.errors import UserError
+from lmnas.cli.main import main
+from lmnas.core import registry
+from lmnas.core.errors import UserError
+from lmnas.runs.recipe import load_recipe
 
 PAGE = (Path(__file__).parents[1] / "docs" / "adding.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^File `(\w+\.py)`:\n\n```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))

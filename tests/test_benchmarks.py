@@ -11,8 +11,8 @@ import tiny
 import torch
 import yaml
 
-from lmnas import evidence
-from lmnas.protocols import Objective
+from lmnas.core.contracts import Objective
+from lmnas.nn.sparsity import priors as evidence
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 

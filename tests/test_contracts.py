@@ -14,15 +14,15 @@ import pytest
 import tiny
 import torch
 
-from lmnas import registry
-from lmnas.errors import UserError
-from lmnas.files import pack, unpack
-from lmnas.genotype import Genotype
-from lmnas.job import Job
-from lmnas.jobs import covering_space
-from lmnas.protocols import Batch, LearnStep, Objective, Trial
-from lmnas.seeds import generator
-from lmnas.train import initialise
+from lmnas.core import registry
+from lmnas.core.contracts import Batch, LearnStep, Objective, Trial
+from lmnas.core.errors import UserError
+from lmnas.core.files import pack, unpack
+from lmnas.core.genotype import Genotype
+from lmnas.core.job import Job
+from lmnas.core.seeds import generator
+from lmnas.nn.train import initialise
+from lmnas.runs.jobs import covering_space
 
 OBJECTIVE = Objective("error", "", "minimize")
 CPU = torch.device("cpu")

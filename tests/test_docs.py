@@ -9,10 +9,10 @@ import tiny
 import yaml
 
 import lmnas
-import lmnas.config
-from lmnas.cli import bench_parser, main, parse_overrides, parser
-from lmnas.config import load_recipe
-from lmnas.genotype import load_genotype
+import lmnas.runs.recipe
+from lmnas.cli.main import bench_parser, main, parse_overrides, parser
+from lmnas.core.genotype import load_genotype
+from lmnas.runs.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,7 +84,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_names_recipes_that_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"`((?:ptb|wikitext-2)-[\w-]+)`", text)) <= set(lmnas.config.recipe_names())
+    assert set(re.findall(r"`((?:ptb|wikitext-2)-[\w-]+)`", text)) <= set(lmnas.runs.recipe.recipe_names())
 
 
 # --------------------------------------------------------------------------------------------------- docs/python.md
@@ -98,7 +98,7 @@ def place(tmp_path, monkeypatch, cache):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "quickstart.yaml").write_text(yaml.safe_dump(tiny.recipe("pydoc")))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lmnas.config, "RECIPES", tmp_path / "recipes")
+    monkeypatch.setattr(lmnas.runs.recipe, "RECIPES", tmp_path / "recipes")
 
 
 def test_the_same_job_from_python(place, capsys):

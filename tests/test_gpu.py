@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from lmnas.estimators.shared import Shared
-from lmnas.files import read_events
-from lmnas.genotype import load_genotype
-from lmnas.job import Job
-from lmnas.jobs import build_model
-from lmnas.spaces.recurrent_cell import RecurrentCell
-from lmnas.strategies.gradient import Gradient
-from lmnas.train import Optimizer, Training, fit, initialise
+from lmnas.core.files import read_events
+from lmnas.core.genotype import load_genotype
+from lmnas.core.job import Job
+from lmnas.methods.estimators.shared import Shared
+from lmnas.methods.strategies.gradient import Gradient
+from lmnas.nn.train import Optimizer, Training, fit, initialise
+from lmnas.runs.jobs import build_model
+from lmnas.spaces.recurrent.cell import RecurrentCell
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu])]
 

@@ -3,10 +3,10 @@
 import pytest
 import tiny
 
-from lmnas.config import load_recipe
-from lmnas.experiment import Experiment
-from lmnas.progress import Display
-from lmnas.run import Run
+from lmnas.runs.directory import Run
+from lmnas.runs.experiment import Experiment
+from lmnas.runs.progress import Display
+from lmnas.runs.recipe import load_recipe
 
 SPACES = {
     "darts-conv": {"cells": 3, "n_nodes": 2},

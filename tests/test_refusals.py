@@ -8,14 +8,14 @@ import pytest
 import tiny
 import yaml
 
-import lmnas.files
-from lmnas.cli import main
-from lmnas.config import load_recipe
-from lmnas.experiment import Experiment
-from lmnas.genotype import load_document
-from lmnas.jobs import _open_task
-from lmnas.progress import Display
-from lmnas.run import Run
+import lmnas.core.files
+from lmnas.cli.main import main
+from lmnas.core.genotype import load_document
+from lmnas.runs.directory import Run
+from lmnas.runs.experiment import Experiment
+from lmnas.runs.jobs import _open_task
+from lmnas.runs.progress import Display
+from lmnas.runs.recipe import load_recipe
 
 UNTOUCHED = ("lock", "incidents.jsonl")
 """Files of a run that say who opened it: they may change, all others are results."""
@@ -354,7 +354,7 @@ def test_full_disk(refused, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lmnas.files, "WRITE_ATTEMPTS", 1)
+    monkeypatch.setattr(lmnas.core.files, "WRITE_ATTEMPTS", 1)
     monkeypatch.setattr(os, "replace", full)
     line = refused("search", "tiny.yaml", "--run", "full", leaves_no_trace=False)
     assert "No space left on device" in line

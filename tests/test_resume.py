@@ -17,15 +17,17 @@ import yaml
 from killing import assert_same, child, finished, forked, go, history, incidents, until
 from sqlalchemy.sql.ddl import SchemaGenerator
 
-from lmnas import cli, files, jobs
-from lmnas.config import load_recipe
-from lmnas.errors import UserError
-from lmnas.files import Events, read_events
-from lmnas.job import Job, read_result
-from lmnas.jobs import open_space
-from lmnas.protocols import Objective, Trial
-from lmnas.run import Record, Run
-from lmnas.train import WeightTraining
+from lmnas.cli.main import main as cli
+from lmnas.core import files
+from lmnas.core.contracts import Objective, Trial
+from lmnas.core.errors import UserError
+from lmnas.core.files import Events, read_events
+from lmnas.core.job import Job, read_result
+from lmnas.nn.train import WeightTraining
+from lmnas.runs import jobs
+from lmnas.runs.directory import Record, Run
+from lmnas.runs.jobs import open_space
+from lmnas.runs.recipe import load_recipe
 
 STRATEGIES = {
     "random": {},

@@ -3,12 +3,12 @@
 import json
 
 import tiny
-from test_cli import answer, write_recipe
+from command_line import answer, write_recipe
 
-from lmnas.config import load_recipe
-from lmnas.genotype import load_genotype
-from lmnas.jobs import build_model, open_task, space_for
-from lmnas.spaces.recurrent_graph import GraphBody
+from lmnas.core.genotype import load_genotype
+from lmnas.runs.jobs import build_model, open_task, space_for
+from lmnas.runs.recipe import load_recipe
+from lmnas.spaces.recurrent.graph import GraphBody
 
 
 def graph_recipe(path, text, **estimator):

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmnas.files import read_events, write_atomic
-from lmnas.protocols import Diagram, Objective
-from lmnas.report import cells, plots, tables
+from lmnas.core.contracts import Diagram, Objective
+from lmnas.core.files import read_events, write_atomic
+from lmnas.report import diagram as cells
+from lmnas.report import plots, tables
 from lmnas.report.plots import Curve
-from lmnas.verdict import SEARCHED, format_value
+from lmnas.report.verdict import SEARCHED, format_value
 
 Records = Mapping[str, Any]
 
@@ -73,7 +74,7 @@ summary { cursor: pointer; margin-top: .8rem }
 CONTINUE = """
 <p>To continue this run, give the same command again: what is finished is kept. The architecture
 on its own, once it is chosen:</p>
-<pre>from lmnas.genotype import load_genotype
+<pre>from lmnas.core.genotype import load_genotype
 
 genotype = load_genotype("genotype.json")  # in this folder; the trained weights are in model.safetensors</pre>
 """

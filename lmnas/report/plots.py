@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy import stats
 
-from lmnas.protocols import Objective
+from lmnas.core.contracts import Objective
 
 # A page may exchange these for its own light and dark colours; those of models and operations suit both.
 INK = "#1b2733"

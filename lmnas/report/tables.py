@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lmnas.protocols import Objective
-from lmnas.verdict import format_value
+from lmnas.core.contracts import Objective
+from lmnas.report.verdict import format_value
 
 Verdict = Mapping[str, Any]
 

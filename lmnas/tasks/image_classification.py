@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.errors import UserError
-from lmnas.files import write_json
-from lmnas.ops.dropout import draw_mask
-from lmnas.protocols import Batch, Choice, Masks, Objective, Score, State
-from lmnas.seeds import generator
-from lmnas.tasks.images import ImageSet, open_images, read_pictures
+from lmnas.core.contracts import Batch, Choice, Masks, Objective, Score, State
+from lmnas.core.errors import UserError
+from lmnas.core.files import write_json
+from lmnas.core.seeds import generator
+from lmnas.nn.ops.dropout import draw_mask
+from lmnas.tasks.data.images import ImageSet, open_images, read_pictures
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.errors import UserError
-from lmnas.files import write_json
-from lmnas.kernels import linear_cross_entropy
-from lmnas.ops.dropout import draw_mask
-from lmnas.protocols import Batch, Choice, Masks, Objective, Score, State
-from lmnas.seeds import rng
-from lmnas.tasks.corpora import Corpus, open_corpus
+from lmnas.core.contracts import Batch, Choice, Masks, Objective, Score, State
+from lmnas.core.errors import UserError
+from lmnas.core.files import write_json
+from lmnas.core.seeds import rng
+from lmnas.nn.kernels import linear_cross_entropy
+from lmnas.nn.ops.dropout import draw_mask
+from lmnas.tasks.data.corpora import Corpus, open_corpus
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 LONGEST_OVER_BASE = 20

@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lmnas.protocols import Objective
+from lmnas.core.contracts import Objective
 from lmnas.report.html import write_report
-from lmnas.verdict import summarise
+from lmnas.report.verdict import summarise
 
 OBJECTIVE = {"name": "perplexity", "unit": "per word", "direction": "minimize"}
 EVIL = "<script>alert('&')</script>"

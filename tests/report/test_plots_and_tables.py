@@ -1,9 +1,9 @@
 """Curves as SVG text, and the verdict's table in its three forms."""
 
-from lmnas.protocols import Objective
+from lmnas.core.contracts import Objective
 from lmnas.report import plots, tables
 from lmnas.report.plots import Curve
-from lmnas.verdict import summarise
+from lmnas.report.verdict import summarise
 
 PERPLEXITY = Objective("perplexity", "per word", "minimize")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lmnas.genotype import SHIPPED, load_genotype, shipped_names
+from lmnas.core.genotype import SHIPPED, load_genotype, shipped_names
 
 DARTS_FRAME = {
     "darts-v1": "relu 0, relu 1, tanh 2, relu 3, relu 4, identity 1, relu 5, relu 1",

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmnas.errors import UserError
-from lmnas.files import pack
-from lmnas.genotype import load_genotype
-from lmnas.job import Job
-from lmnas.jobs import build_model, matching_width
-from lmnas.protocols import Batch
-from lmnas.seeds import generator
+from lmnas.core.contracts import Batch
+from lmnas.core.errors import UserError
+from lmnas.core.files import pack
+from lmnas.core.genotype import load_genotype
+from lmnas.core.job import Job
+from lmnas.core.seeds import generator
+from lmnas.nn.train import Optimizer, Training, fit, initialise, n_parameters
+from lmnas.runs.jobs import build_model, matching_width
 from lmnas.tasks.image_classification import (
     BatchSettings,
     ImageClassification,
@@ -25,7 +26,6 @@ from lmnas.tasks.image_classification import (
     confusion,
     normalise,
 )
-from lmnas.train import Optimizer, Training, fit, initialise, n_parameters
 
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
 

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from lmnas.errors import UserError
-from lmnas.genotype import load_genotype
-from lmnas.jobs import build_model
-from lmnas.protocols import Batch
-from lmnas.seeds import generator
+from lmnas.core.contracts import Batch
+from lmnas.core.errors import UserError
+from lmnas.core.genotype import load_genotype
+from lmnas.core.seeds import generator
+from lmnas.nn.train import Training, initialise
+from lmnas.runs.jobs import build_model
 from lmnas.tasks.language_modeling import BatchSettings, LanguageModeling, ModelSettings, Segments
-from lmnas.train import Training, initialise
 
 
 def make(task, seed=0, **settings):

@@ -1,0 +1,183 @@
+"""Names of spaces, strategies, estimators and tasks, and how settings reach them.
+
+A newcomer is one file and one line in `COMPONENTS`. Components are plain classes: positional arguments come from the
+run, keyword-only arguments are the settings a recipe may give, and their types are checked.
+"""
+
+import importlib
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from lmnas.core.errors import UserError, nearest
+
+COMPONENTS: dict[str, dict[str, str]] = {
+    "space": {
+        "recurrent-cell": "lmnas.spaces.recurrent.cell:RecurrentCell",
+        "recurrent-sparse": "lmnas.spaces.recurrent.sparse:RecurrentSparse",
+        "lstm": "lmnas.spaces.recurrent.lstm:LSTM",
+        "resnet": "lmnas.spaces.conv.resnet:ResNet",
+        "recurrent-layers": "lmnas.spaces.recurrent.layers:RecurrentLayers",
+        "flexibert": "lmnas.spaces.transformer.flexibert:FlexiBERT",
+        "recurrent-graph": "lmnas.spaces.recurrent.graph:RecurrentGraph",
+        "enas-macro": "lmnas.spaces.conv.macro:ConvMacro",
+        "darts-conv": "lmnas.spaces.conv.cells:DartsConv",
+        "enas-micro": "lmnas.spaces.conv.cells:EnasMicro",
+    },
+    "strategy": {
+        "random": "lmnas.methods.strategies.random_search:RandomSearch",
+        "reinforce": "lmnas.methods.strategies.reinforce:Reinforce",
+        "gradient": "lmnas.methods.strategies.gradient:Gradient",
+        "bayes": "lmnas.methods.strategies.bayes:Bayes",
+    },
+    "estimator": {
+        "shared": "lmnas.methods.estimators.shared:Shared",
+        "hidden-covariance": "lmnas.methods.estimators.proxies:HiddenCovariance",
+        "proxy": "lmnas.methods.estimators.proxies:Proxy",
+        "standalone": "lmnas.methods.estimators.standalone:Standalone",
+        "table": "lmnas.methods.estimators.table:Table",
+    },
+    "task": {
+        "language-modeling": "lmnas.tasks.language_modeling:LanguageModeling",
+        "image-classification": "lmnas.tasks.image_classification:ImageClassification",
+    },
+}
+
+
+ENVIRONMENT = "LMNAS_COMPONENTS"
+"""Components of other packages, `kind:name=module:Class` separated by commas. Worker processes inherit it."""
+
+
+def register(kind: str, name: str, target: str) -> None:
+    """Add a component: `target` is `module:Class`. The one line a newcomer outside this package writes.
+
+    Raises:
+        ValueError: unknown kind, or not `module:Class`.
+    """
+    if kind not in COMPONENTS:
+        raise ValueError(f"kind {kind!r} is unknown. " + nearest(kind, COMPONENTS))
+    if not all(target.partition(":")):
+        raise ValueError(f"{kind} {name!r}: expected a target like 'module:Class', got {target!r}")
+    if COMPONENTS[kind].get(name) == target:
+        return
+    COMPONENTS[kind][name] = target
+    os.environ[ENVIRONMENT] = ",".join(filter(None, [os.environ.get(ENVIRONMENT), f"{kind}:{name}={target}"]))
+
+
+def _read_environment() -> None:
+    for entry in filter(None, os.environ.get(ENVIRONMENT, "").split(",")):
+        names, _, target = entry.partition("=")
+        kind, _, name = names.partition(":")
+        if kind in COMPONENTS and name and all(target.partition(":")):
+            COMPONENTS[kind][name] = target
+        else:
+            raise UserError(f"{ENVIRONMENT}: expected kind:name=module:Class, got {entry!r}")
+
+
+def names(kind: str) -> list[str]:
+    _read_environment()
+    return sorted(COMPONENTS[kind])
+
+
+def component(kind: str, name: object) -> Any:
+    """The class registered as `name`.
+
+    Raises:
+        UserError: unknown name (offers the nearest), or another package's component that cannot be imported.
+    """
+    _read_environment()
+    if not isinstance(name, str) or name not in COMPONENTS[kind]:
+        raise UserError(f"{kind} {name!r} is unknown. " + nearest(name, COMPONENTS[kind]))
+    module, _, attribute = COMPONENTS[kind][name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if module.startswith("lmnas."):
+            raise
+        raise UserError(f"{kind} {name!r}: {module}:{attribute} cannot be imported ({error})") from error
+
+
+STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def settings_model(target: type) -> type[BaseModel]:
+    """A validating model of the settings of `target`: its keyword-only parameters, or its fields if a dataclass."""
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(target).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+            fields[parameter.name] = (parameter.annotation, default)
+    return create_model(target.__name__, __config__=STRICT, **fields)
+
+
+def checked(model: type[BaseModel], settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`settings` with types checked and defaults filled in.
+
+    Raises:
+        UserError: unknown key, wrong type or out of range; `where` is the dotted place in the recipe.
+    """
+    try:
+        value = model.model_validate(dict(settings))
+    except ValidationError as error:
+        raise UserError(explain(error, model, where)) from None
+    taken = {name: getattr(value, name) for name in model.model_fields}
+    _refuse_conversion(settings, taken, where)
+    return taken
+
+
+def _refuse_conversion(given: Any, taken: Any, where: str) -> None:
+    """Refuse `true` for a number and a number for `true`: pydantic takes both, and YAML 1.1 reads `yes` as `true`."""
+    if isinstance(given, Mapping):
+        for name, item in given.items():
+            inner = taken.get(name) if isinstance(taken, Mapping) else getattr(taken, str(name), None)
+            _refuse_conversion(item, inner, f"{where}.{name}" if where else str(name))
+    elif isinstance(given, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
+        raise UserError(f"{where}: expected a number, got {given!r}")
+    elif isinstance(taken, bool) and not isinstance(given, bool):
+        raise UserError(f"{where}: expected true or false, got {given!r}")
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    """The first problem of a validation error as one line."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in (where, *first["loc"]) if part != "")
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
+        return f"{path}: unknown setting. " + nearest(first["loc"][-1], _fields_at(model, first["loc"][:-1]))
+    if first["type"] == "missing":
+        return f"{path}: missing, it has no default"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("dict_type", "dataclass_type"):
+        message = "expected a mapping of settings"
+    given = repr(first["input"])
+    shown = given if len(given) <= 80 else f"{given[:77]}..."
+    return f"{path}: {message[0].lower()}{message[1:]}, got {shown}"
+
+
+def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The settings known at a place: of a nested dataclass, or of the items of a mapping."""
+    owner: Any = model
+    for part in location:
+        owner = _fields(owner).get(part, (get_args(owner) or (None,))[-1])
+    return list(_fields(owner))
+
+
+def _fields(owner: Any) -> dict[str, Any]:
+    """Name -> type of the fields of a model or dataclass; empty for anything else."""
+    if isinstance(owner, type) and is_dataclass(owner):
+        return {field.name: field.type for field in fields(owner)}
+    return {name: field.annotation for name, field in getattr(owner, "model_fields", {}).items()}
+
+
+def settings_of(kind: str, section: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The checked settings of the component that `section` names (`{"name": ..., **settings}`)."""
+    target = component(kind, section.get("name"))
+    return checked(settings_model(target), {k: v for k, v in section.items() if k != "name"}, where)
+
+
+def create(kind: str, section: Mapping[str, Any], *collaborators: Any) -> Any:
+    """The component that `section` names, built from the run's collaborators and the recipe's settings."""
+    return component(kind, section.get("name"))(*collaborators, **settings_of(kind, section, kind))

@@ -1,0 +1,280 @@
+"""Shared weights: one supernet trained with the strategy's choices, its paths scored without training.
+
+With `reinforce` this is ENAS (Pham et al., 2018), with `random` it is random search with weight sharing (Li &
+Talwalkar, 2019, arXiv 1902.07638), with `gradient` DARTS (Liu et al., 2019), with `bayes` BayesNAS (Zhou et al.,
+2019): nothing here knows which.
+Scores are proxies: they rank candidates and are never results.
+"""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch.func import functional_call
+
+from lmnas.core.contracts import Batch, LearnStep, Mixture, Score, SharingStrategy, Space, State, Task, Trial
+from lmnas.core.errors import Diverged
+from lmnas.core.files import PREPARED, pack, to_device, unpack, write_atomic
+from lmnas.core.genotype import Genotype
+from lmnas.core.job import Job
+from lmnas.core.seeds import derive
+from lmnas.nn.curvature import diagonal
+from lmnas.nn.train import Mean, NotFinite, Recovery, Training, WeightTraining, initialise
+
+MAX_SKIPPED = 10
+"""Batches in a row without an update before training goes back to its last good state."""
+
+
+class Shared:
+    """Trains the supernet in `prepare`, scores paths of it in `estimate`."""
+
+    provides = frozenset({"shared-weights", "mixture"})
+    is_proxy = True
+    is_cheap = True
+
+    def __init__(
+        self,
+        space: Space,
+        task: Task,
+        seed: int,
+        device: torch.device,
+        *,
+        training: Training,
+        valid_batch_size: Annotated[int, Field(ge=1)] | None = None,
+        score_segments: Annotated[int, Field(ge=1)] | None = None,
+    ):
+        """
+        Args:
+            training: how the supernet is trained.
+            valid_batch_size: streams of validation text in architecture steps and rewards; default: as in training.
+            score_segments: score a candidate on so many validation segments only; default: the whole split.
+        """
+        self.space = space
+        self.task = task
+        self.seed = seed
+        self.device = device
+        self.training = training
+        self.score_segments = score_segments
+        self.batches = training.batch_settings(task, "estimator.training.batches")
+        valid = {**training.batches, **({"batch_size": valid_batch_size} if valid_batch_size else {})}
+        self.valid_batches = Training(epochs=1, batches=valid).batch_settings(task, "estimator.training.batches")
+        settings = training.model_settings(task, "estimator.training.model")
+        self.model = initialise(task.model(space.supernet(settings.width), settings), seed).to(device)
+
+    def prepare(self, strategy: SharingStrategy, job: Job) -> None:
+        """Train the supernet: per step the strategy learns (if by gradient), then the weights of its choice move, or
+        both from one pass (if it is `joint`); after each pass the strategy's proposals are rewarded (if by
+        reinforcement), with the weights frozen."""
+        weights = WeightTraining(self.model, self.task, self.training, self.seed, self.device)
+        # one cursor over validation text for architecture steps, one for rewards
+        valid_stream = self.task.stream("valid", self.valid_batches, self.seed)
+        reward_stream = self.task.stream("valid", self.valid_batches, self.seed + 1)
+        by_gradient = "mixture" in strategy.needs
+        joint = by_gradient and getattr(strategy, "joint", False)
+        loss_mean = Mean()
+        recovery = Recovery(job)
+        rewards_due, ticks, skipped = 0, 0, 0
+
+        def state() -> dict[str, Any]:
+            return {
+                "training": weights.state_dict(),
+                "valid": valid_stream.state_dict(),
+                "reward": reward_stream.state_dict(),
+                "strategy": strategy.state_dict(),
+                "loss": [loss_mean.total, loss_mean.count],
+                "rewards_due": rewards_due,
+                "ticks": ticks,
+                "skipped": skipped,
+                "recoveries": recovery.count,
+            }
+
+        def restore(saved: dict[str, Any]) -> None:
+            nonlocal rewards_due, ticks, skipped
+            weights.load_state_dict(saved["training"])
+            valid_stream.load_state_dict(to_device(saved["valid"], self.device))
+            reward_stream.load_state_dict(saved["reward"])
+            strategy.load_state_dict(saved["strategy"])
+            loss_mean.total, loss_mean.count = saved["loss"]
+            rewards_due, ticks, skipped = saved["rewards_due"], saved["ticks"], saved["skipped"]
+
+        saved = job.load()
+        if saved is None:
+            job.save(state())
+        else:
+            restore(saved)
+            recovery.count = saved["recoveries"]
+
+        while weights.stream.epoch < self.training.epochs or rewards_due:
+            epoch = weights.stream.epoch
+            if rewards_due:
+                self._reward(strategy, reward_stream.next(), weights.steps)
+                rewards_due -= 1
+                ended = rewards_due == 0
+            else:
+                try:
+                    batch = weights.draw()
+                    if by_gradient and not joint:
+                        self._learn(strategy, weights, batch, valid_stream)
+                    choice = to_device(strategy.choice(weights.steps), self.device)
+                    if joint:
+                        loss_mean.add(self._update_jointly(strategy, weights, batch, choice))
+                    else:
+                        loss_mean.add(weights.update(batch, choice))
+                    skipped = 0
+                except NotFinite as problem:
+                    # one sampled path that explodes is no reason to go back: its batch made no update and is left out;
+                    # a mixture is all paths at once
+                    skipped += 1
+                    if not by_gradient and skipped <= MAX_SKIPPED:
+                        job.events.emit("skipped", step=weights.steps, cause=str(problem))
+                        weights.skip()
+                    else:
+                        salt = weights.salt
+                        restore(recovery.state(weights.steps, str(problem)))
+                        weights.salt = salt + 1
+                        job.save(state())
+                        continue
+                ended = weights.stream.epoch > epoch
+                if ended and not loss_mean.count:
+                    raise Diverged(weights.steps, "no batch of an epoch made an update")
+                if ended and strategy.rewards_per_round:
+                    rewards_due = max(1, strategy.rewards_per_round // strategy.rewards_per_update)
+                    ended = False
+            if ended:
+                job.events.emit(
+                    "epoch",
+                    epoch=weights.stream.epoch,
+                    step=weights.steps,
+                    train_loss=loss_mean.value(),
+                    valid=None,
+                    statistics=strategy.statistics(),
+                )
+                loss_mean = Mean()
+            ticks += 1
+            if ended or ticks % self.training.checkpoint_steps == 0:
+                job.save(state())
+            job.stop_if_asked(state)
+            done = min(weights.steps / weights.stream.steps_per_epoch, self.training.epochs)
+            job.progress(done, self.training.epochs, "training shared weights" if not rewards_due else "rewards")
+
+        write_atomic(
+            job.directory / PREPARED, pack({"model": self.model.state_dict(), "strategy": strategy.state_dict()})
+        )
+
+    def _learn(self, strategy: SharingStrategy, weights: WeightTraining, batch: Batch, valid_stream: Any) -> None:
+        """One architecture step: losses as functions of weights and mixture, data and dropout noise held fixed."""
+        valid = valid_stream.next()
+        valid = replace(valid.to(self.device), progress=batch.progress)
+        train_carry, valid_carry = weights.stream.carry, valid_stream.carry
+        train_masks, valid_masks = weights.masks("learn-train", batch), weights.masks("learn-valid", valid)
+        carried: State = None
+
+        def train_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
+            return self._loss(batch, train_carry, train_masks, parameters, mixture)[0]
+
+        def valid_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
+            nonlocal carried
+            loss, carried = self._loss(valid, valid_carry, valid_masks, parameters, mixture)
+            return loss
+
+        strategy.learn(
+            LearnStep(
+                step=weights.steps,
+                train_loss=train_loss,
+                valid_loss=valid_loss,
+                weights=dict(self.model.named_parameters()),
+                learning_rate=weights.learning_rate * batch.lr_scale,
+                weight_decay=self.training.optimizer.weight_decay,
+                clip=self.training.optimizer.clip,
+                velocity=weights.velocity(),
+                progress=self._progress(weights),
+                curvature=functools.partial(self._curvature, weights),
+            )
+        )
+        valid_stream.carry = carried
+
+    def _update_jointly(self, strategy: SharingStrategy, weights: WeightTraining, batch: Batch, choice: Any) -> float:
+        """The weights' update, then the strategy's step from the same pass; the training loss before both."""
+        mixture = {name: table.detach().requires_grad_() for name, table in choice.items()}
+        step, carry, masks = weights.steps, weights.stream.carry, weights.masks("weights", batch)
+        rate = weights.learning_rate * batch.lr_scale
+        loss = weights.update(batch, mixture)
+
+        def train_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
+            return self._loss(batch, carry, masks, parameters, mixture)[0]
+
+        def valid_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
+            raise ValueError("a joint strategy learns by the training loss; no validation batch is drawn for it")
+
+        strategy.learn(
+            LearnStep(
+                step=step,
+                train_loss=train_loss,
+                valid_loss=valid_loss,
+                weights=dict(self.model.named_parameters()),
+                learning_rate=rate,
+                weight_decay=self.training.optimizer.weight_decay,
+                clip=self.training.optimizer.clip,
+                progress=self._progress(weights),
+                train_gradient={
+                    name: torch.zeros_like(table) if table.grad is None else table.grad
+                    for name, table in mixture.items()
+                },
+                curvature=functools.partial(self._curvature, weights),
+            )
+        )
+        return loss
+
+    def _loss(
+        self, batch: Batch, carry: State, masks: Any, parameters: Any, mixture: Mixture
+    ) -> tuple[torch.Tensor, State]:
+        # the look-ahead leaves penalties out, as DARTS does
+        return functional_call(self.model, dict(parameters), (batch, carry, masks, mixture, False))
+
+    def _progress(self, weights: WeightTraining) -> float:
+        """Share of the training's steps that are done; the number of steps is an estimate, the end is not."""
+        total = self.training.epochs * weights.stream.steps_per_epoch
+        return 1.0 if weights.stream.epoch >= self.training.epochs else min(weights.steps, total - 1) / total
+
+    def _curvature(self, weights: WeightTraining, mixture: Mixture, method: str, n_batches: int) -> Mixture:
+        """`LearnStep.curvature`: over the batches that come next, which training then draws all the same.
+
+        Raises:
+            NotFinite: some second derivative is not.
+        """
+        mixture = {name: table.detach().to(self.device) for name, table in mixture.items()}
+        stream = self.task.stream("train", self.batches, self.seed)
+        stream.load_state_dict(to_device(weights.stream.state_dict(), self.device))
+        batches: list[tuple[Batch, State]] = []
+        for _ in range(n_batches):
+            batch = stream.next()
+            batch = batch.to(self.device)
+            batches.append((batch, stream.carry))
+            with torch.no_grad():
+                _, stream.carry = self.model(batch, stream.carry, {}, mixture, False)
+        seed = derive(self.seed, "curvature", weights.salt, weights.steps)
+        found = diagonal(method, self.model, batches, mixture, seed)
+        if not all(torch.isfinite(table).all() for table in found.values()):
+            raise NotFinite("curvature is not finite")
+        return found
+
+    def _reward(self, strategy: SharingStrategy, batch: Batch, step: int) -> None:
+        """One update of the policy: proposals scored on the same validation batch, from zero state, no dropout."""
+        batch = batch.to(self.device)
+        genotypes = strategy.ask(strategy.rewards_per_update)
+        strategy.tell([Trial(g, self.task.score_batch(self.model, batch, g).value) for g in genotypes])
+
+    def load(self, prepared: Path) -> None:
+        self.model.load_state_dict(unpack((prepared / PREPARED).read_bytes())["model"])
+
+    def estimate(self, genotype: Genotype, seed: int, job: Job) -> Score:
+        """The path's proxy score on the validation split."""
+        return self.task.evaluate(self.model, "valid", self.batches, genotype, max_segments=self.score_segments)
+
+
+def prepared_strategy(directory: Path) -> dict[str, Any]:
+    """The strategy's state after `prepare`."""
+    return unpack((directory / PREPARED).read_bytes())["strategy"]

@@ -1,0 +1,234 @@
+"""The run directory: everything about one experiment, readable after any kill.
+
+recipe.yaml       the resolved recipe             jobs/<job>/      checkpoints, events, result of each job
+environment.json  versions, device, data          study.db         the trials (Optuna, SQLite)
+incidents.jsonl   starts, stops, incidents        genotype.json, model.safetensors, results.json, report.html
+kernel.json       which kernel the run keeps
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+import yaml
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from sqlalchemy.exc import SQLAlchemyError
+
+from lmnas.runs.recipe import Recipe, differences, load_recipe, resolved
+from lmnas.core.version import VERSION
+from lmnas.core.errors import UserError
+from lmnas.core.files import append_line, move_into_place, not_written, write_atomic, write_json
+from lmnas.core.genotype import Genotype
+from lmnas.nn.kernels import kernel_in_use
+from lmnas.core.contracts import Objective, Space, Trial
+
+NOT_THE_EXPERIMENT = ("execution",)
+"""Sections that may differ when a run is continued."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Errors of writing that are the machine's, not the program's."""
+
+
+class Run:
+    """An open run directory; one process at a time holds it.
+
+    Args:
+        path: made if absent.
+        recipe: of a new run, or the same again to continue; None: continue what is there.
+
+    Raises:
+        UserError: not writable, held by another process, no run there, or a run of another recipe.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe | None = None):
+        self.path = path
+        self.asked_kernel = "auto" if recipe is None else recipe.execution.kernel
+        """The kernel that this start asks for; the one pinned in the directory stays unless another one is named."""
+        if recipe is None and not (path / "recipe.yaml").is_file():
+            raise UserError(f"run {path}: no run there (recipe.yaml is missing); start one with `lmnas search`")
+        if recipe is not None and path.is_dir() and not (path / "recipe.yaml").is_file():
+            strangers = [entry.name for entry in path.iterdir() if entry.name not in ("lock", ".recipe.yaml.tmp")]
+            if strangers:
+                raise UserError(f"run {path}: the folder holds other files ({strangers[0]}) and no run; name another")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / "lock", "a+")  # noqa: SIM115 - held as long as the run is open
+        except OSError as error:
+            raise UserError(f"run {path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip()
+            self._lock.close()
+            raise UserError(f"run {path}: another process ({holder or 'unknown'}) is working on it") from None
+        try:
+            with contextlib.suppress(OSError):  # a full disk: the pid is for information
+                os.ftruncate(self._lock.fileno(), 0)
+                os.write(self._lock.fileno(), f"pid {os.getpid()}".encode())
+            self.recipe = self._settle(recipe)
+        except BaseException:
+            self.close()
+            raise
+
+    @functools.cached_property
+    def storage(self) -> RDBStorage:
+        """`study.db`, opened once, since opening takes a while.
+
+        It is made beside its place: tables and their indices come one after the other, and a kill between them would
+        leave a database that takes the same study twice.
+        """
+        path, beside = self.path / "study.db", self.path / ".study.db.tmp"
+        if not path.exists():
+            for left in (beside, Path(f"{beside}-journal")):
+                left.unlink(missing_ok=True)
+            made = RDBStorage(f"sqlite:///{beside}")
+            made.remove_session()
+            made.engine.dispose()
+            move_into_place(beside, path)
+        return RDBStorage(f"sqlite:///{path}")
+
+    def close(self) -> None:
+        if "storage" in self.__dict__:
+            self.storage.remove_session()
+            self.storage.engine.dispose()
+        self._lock.close()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Raises UserError in place of an error of the disk or the database, which no code of ours can mend."""
+        self.close()
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise UserError(not_written(Path(error.filename or self.path), error)) from error
+        if isinstance(error, (StorageInternalError, SQLAlchemyError)):
+            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            raise UserError(
+                f"run {self.path}: study.db cannot be read or written ({cause}). Make room or repair the disk, then "
+                f"run the same command again to continue; if the file is broken, move it away: it is made anew from "
+                f"the finished jobs"
+            ) from error
+
+    def _settle(self, recipe: Recipe | None) -> Recipe:
+        """The recipe to follow: the given one if the directory is new or holds the same."""
+        path = self.path / "recipe.yaml"
+        if not path.is_file():
+            assert recipe is not None
+            write_atomic(path, yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True))
+            return recipe
+        stored = load_recipe(str(path))
+        if recipe is None:
+            return stored
+        found = differences(resolved(stored), resolved(recipe))
+        differing = [d for d in found if d[0].split(".")[0] not in NOT_THE_EXPERIMENT]
+        if differing:
+            place, there, here = differing[0]
+            raise UserError(
+                f"run {self.path} holds another experiment: {place} is {there!r} there and {here!r} here; "
+                f"give another --run to start anew"
+            )
+        return recipe
+
+    def job(self, name: str) -> Path:
+        return self.path / "jobs" / name
+
+    def note(self, event: str, **fields: Any) -> None:
+        """An incident for `incidents.jsonl`: not part of the deterministic history."""
+        line = json.dumps({"time": round(time.time(), 3), "pid": os.getpid(), "event": event, **fields})
+        append_line(self.path / "incidents.jsonl", line)
+
+    def results(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+        return {}
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        write_json(self.path / "results.json", results)
+
+
+def environment(device: torch.device, threads: int) -> dict[str, Any]:
+    """What a result depended on besides its recipe."""
+    return {
+        "lmnas": VERSION,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "optuna": optuna.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": threads,
+        "kernel": kernel_in_use(device.type),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+class Record:
+    """The trials of one stage as an Optuna study in the run's `study.db`; the driver is its only writer.
+
+    A trial is known by its key, so one that is told again after a kill is not doubled.
+    """
+
+    def __init__(self, run: Run, stage: str, objective: Objective, space: Space):
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.space = space
+        self.stage = stage
+        self.study = optuna.create_study(
+            storage=run.storage,
+            study_name=stage,
+            direction=objective.direction,
+            load_if_exists=True,
+        )
+        self.keys = {trial.user_attrs["key"] for trial in self.study.get_trials(deepcopy=False)}
+
+    def add(self, key: str, trial: Trial) -> None:
+        """Record a finished trial; a failure is a FAIL trial with its cause."""
+        if key in self.keys:
+            return
+        choices = trial.genotype.choices
+        failed = trial.value is None
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE,
+                value=trial.value,
+                params=self.space.decisions.parameters(choices),
+                distributions=self.space.decisions.distributions(choices),
+                user_attrs={
+                    "key": key,
+                    "genotype": trial.genotype.to_dict(),
+                    "genotype_id": trial.genotype.id,
+                    "seconds": trial.seconds,
+                    **({"failure": trial.failure} if failed else {}),
+                    **trial.notes,
+                },
+            )
+        )
+        self.keys.add(key)
+
+    def trials(self) -> list[dict[str, Any]]:
+        """The record as plain data, oldest first."""
+        return [
+            {
+                "key": t.user_attrs["key"],
+                "genotype": Genotype.from_dict(t.user_attrs["genotype"]),
+                "value": t.value,
+                **{k: v for k, v in t.user_attrs.items() if k not in ("key", "genotype")},
+            }
+            for t in self.study.get_trials(deepcopy=False)
+        ]

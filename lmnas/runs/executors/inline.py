@@ -1,0 +1,32 @@
+"""Jobs one after the other, in this process: the default."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmnas.runs.jobs import Report, run_job
+
+NamedSpec = tuple[str, dict[str, Any]]
+
+
+def default_threads(workers: int) -> int:
+    """This machine's cores shared among the workers, at most four each: the products are too small for more."""
+    return max(1, min(4, len(os.sched_getaffinity(0)) // workers))
+
+
+class Inline:
+    """`run(jobs)` yields (name, result) as jobs finish."""
+
+    def __init__(self, run: Path, device: str, threads: int, report: Report, stop: Callable[[], bool]):
+        self.run_path, self.device, self.report, self.stop = run, device, report, stop
+        torch.set_num_threads(threads)
+
+    def run(self, jobs: list[NamedSpec]) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, spec in jobs:
+            yield name, run_job(self.run_path, name, spec, self.device, self.report, self.stop)
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,121 @@
+"""Layers of LSTM or plain recurrent units, inner ones of any size: what compressing an `lstm` leaves.
+
+The last layer has the embedding's width. AWD-LSTM is `cell` lstm with two inner layers of 1150 (Merity et al., 2018,
+arXiv 1708.02182); a plain layer is Elman's, h[t] = tanh(W x[t] + U h[t-1] + b).
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lmnas.core.contracts import Choice, Diagram, Masks
+from lmnas.core.decisions import Decisions, OneOf
+from lmnas.core.genotype import Genotype
+from lmnas.nn.ops.dropout import draw_mask
+from lmnas.spaces.base import StandAlone, Stated
+
+CELLS = {"lstm": nn.LSTM, "rnn": nn.RNN}
+Count = Annotated[int, Field(ge=1)]
+
+
+class RecurrentLayers(Stated, StandAlone):
+    """LSTM or plain recurrent layers; inner layers may be of other sizes than the embedding."""
+
+    name = "recurrent-layers"
+    kind = "recurrent"
+
+    def __init__(self, *, max_layers: Annotated[int, Field(ge=1, le=8)] = 3, units: list[Count] | None = None):
+        """
+        Args:
+            max_layers: the largest number of layers that may be chosen.
+            units: sizes that an inner layer may have; default 16, 32, 64, 128, 256, 512.
+        """
+        sizes = tuple(dict.fromkeys(units or (16, 32, 64, 128, 256, 512)))
+        inner = [
+            OneOf(f"units_{i}", sizes, when=("layers", tuple(range(i + 1, max_layers + 1))))
+            for i in range(1, max_layers)
+        ]
+        layers = OneOf("layers", tuple(range(1, max_layers + 1)))
+        self.decisions = Decisions([OneOf("cell", tuple(CELLS)), layers, *inner])
+
+    @classmethod
+    def covering(cls, genotype: Genotype) -> "RecurrentLayers":
+        sizes = [value for name, value in genotype.choices.items() if name.startswith("units_")]
+        return cls(max_layers=8, units=[size for size in sizes if type(size) is int and size > 0])
+
+    def build(self, genotype: Genotype, width: int) -> "LayersBody":
+        self.check(genotype)
+        inner = [genotype.choices[f"units_{i}"] for i in range(1, genotype.choices["layers"])]
+        return LayersBody(genotype.choices["cell"], inner, width)
+
+    def diagram(self, genotype: Genotype) -> Diagram:
+        cell, layers = genotype.choices["cell"].upper(), genotype.choices["layers"]
+        keys = ["x", *map(str, range(1, layers + 1)), "out"]
+        labels = [f"{cell} {i}: {genotype.choices[f'units_{i}']}" for i in range(1, layers)] + [f"{cell} {layers}"]
+        ops = [(key, label, "op") for key, label in zip(keys[1:-1], labels, strict=True)]
+        nodes = (("x", "x[t]", "input"), *ops, ("out", "h[t]", "output"))
+        return Diagram(self.name, nodes, tuple((a, b, "") for a, b in itertools.pairwise(keys)))
+
+
+class LayersBody(nn.Module):
+    """(T, B, H) -> (T, B, H). State: for every layer its parts, h and (LSTM) c, stacked to (1 or 2, B, units)."""
+
+    def __init__(self, cell: str, inner: list[int], width: int):
+        super().__init__()
+        self.width = width
+        sizes = [width, *inner, width]
+        self.layers = nn.ModuleList(CELLS[cell](a, b) for a, b in itertools.pairwise(sizes))
+
+    def initialise(self, generator: torch.Generator, init_range: float) -> None:
+        """Uniform in ±1/sqrt(units), PyTorch's own, layer by layer."""
+        for layer in self.layers:
+            bound = 1.0 / math.sqrt(layer.hidden_size)  # type: ignore[arg-type]
+            for parameter in layer.parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def hidden(self, state: tuple[Tensor, ...]) -> list[Tensor]:
+        """Per layer (B, units): h, which was the layer's output."""
+        return [part[0] for part in state]
+
+    def initial_state(self, batch_size: int) -> tuple[Tensor, ...]:
+        like, layers = next(self.parameters()), list[Any](self.layers)
+        parts = [(2 if isinstance(layer, nn.LSTM) else 1, layer.hidden_size) for layer in layers]
+        return tuple(like.new_zeros(n, batch_size, size) for n, size in parts)
+
+    def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
+        """`x` before the first layer, `hidden` between layers, `weight` on the recurrent weights (DropConnect)."""
+        like = next(self.parameters())
+        masks = {}
+        if rates.get("x", 0.0) > 0:
+            masks["x"] = draw_mask((batch_size, self.width), rates["x"], generator, like)
+        for i, layer in enumerate(self.layers):
+            if i > 0 and rates.get("hidden", 0.0) > 0:
+                read = layer.get_parameter("weight_ih_l0").shape[1]
+                masks[f"hidden_{i}"] = draw_mask((batch_size, read), rates["hidden"], generator, like)
+            if rates.get("weight", 0.0) > 0:
+                shape = layer.get_parameter("weight_hh_l0").shape
+                masks[f"weight_{i}"] = draw_mask(shape, rates["weight"], generator, like)
+        return masks
+
+    def forward(
+        self, inputs: Tensor, state: tuple[Tensor, ...], masks: Masks, choice: Choice = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        outputs = inputs * masks["x"] if "x" in masks else inputs
+        states = []
+        for i, layer in enumerate(self.layers):
+            if f"hidden_{i}" in masks:
+                outputs = outputs * masks[f"hidden_{i}"]
+            weights = {}
+            if f"weight_{i}" in masks:
+                weights = {"weight_hh_l0": layer.get_parameter("weight_hh_l0") * masks[f"weight_{i}"]}
+            # an LSTM takes and gives a pair (h, c), a plain layer h alone
+            parts = tuple(part[None].contiguous() for part in state[i])
+            given = parts if len(parts) == 2 else parts[0]
+            outputs, later = torch.func.functional_call(layer, weights, (outputs, given))
+            states.append(torch.cat(later) if isinstance(later, tuple) else later)
+        return outputs, tuple(states)
