@@ -119,7 +119,7 @@ def test_black_box_strategies_are_refused_on_shared_weights(registered):
 
 
 def test_other_processes_know_them(registered):
-    code = "from lmnas import registry; print(registry.component('strategy', 'climber').__doc__, end='')"
+    code = "from lmnas.core import registry; print(registry.component('strategy', 'climber').__doc__, end='')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=registered)
     assert run.stdout == "Mutates the best, or draws afresh."
 
