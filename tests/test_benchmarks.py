@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import tiny
 import torch
 import yaml
 
+from lmnas.core import registry
 from lmnas.core.contracts import Objective
 from lmnas.nn.sparsity import priors as evidence
 
@@ -134,3 +137,56 @@ def test_what_searches_cost(cache, tmp_path, capsys):
     )
     assert first["candidates"] == second["candidates"] == 2
     assert not list((tmp_path / "out").glob("*/jobs/train-*"))
+
+
+# ------------------------------------------------------------------------------------------------------- same results
+
+
+@pytest.mark.parametrize(
+    "old, new, place",
+    [
+        ({"a": [1.0, {"b": "c"}]}, {"a": [1.0, {"b": "c", "further": 2}]}, None),
+        ({"value": math.nan}, {"value": math.nan}, None),
+        ({"seconds": 1.0, "failure": "diverged"}, {"seconds": 2.0, "failure": "it diverged"}, None),
+        ({"a": {"value": 0.1}}, {"a": {"value": 0.1 + 2**-56}}, "a > value"),
+        ({"a": [1, 2]}, {"a": [1]}, "a: 2 items became 1"),
+        ({"a": 1}, {}, "a: missing"),
+        ({"failure": None}, {"failure": "diverged"}, "failure"),
+        ({"a": 0.0}, {"a": -0.0}, "a: 0.0 became -0.0"),
+    ],
+)
+def test_what_counts_as_a_difference(old, new, place):
+    found = script("same_results").difference(old, new)
+    assert found is None if place is None else found.startswith(place)
+
+
+def test_cases_of_the_comparison():
+    """Every component of recipes is in some case, and no two cases have one name."""
+    same = script("same_results")
+    taken = same.cases()
+    assert len({case.name for case in taken}) == len(taken)
+    text = json.dumps([case.recipe for case in taken])
+    for kind in ("space", "strategy", "estimator", "task"):
+        # no task takes bodies that look both ways; they are scored
+        assert [name for name in registry.names(kind) if f'"name": "{name}"' not in text] in ([], ["flexibert"])
+
+
+@pytest.mark.slow
+def test_two_checkouts_are_compared_bit_by_bit(tmp_path):
+    """The same one twice, then one whose seeds are others; what the first gave is kept."""
+    package = Path(registry.__file__).parents[1]
+    for name in ("one", "other"):
+        shutil.copytree(package, tmp_path / name / "lmnas", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def compared():
+        command = [sys.executable, str(SCRIPTS / "same_results.py"), str(tmp_path / "one"), str(tmp_path / "other")]
+        options = ["--keep", str(tmp_path / "kept"), "--only", "text/lstm/random/hidden", "--json"]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+        return done.returncode, json.loads(done.stdout)
+
+    assert compared() == (0, {"cases": 1, "equal": True, "difference": None})
+    with open(tmp_path / "other" / "lmnas" / "core" / "seeds.py", "a") as file:
+        file.write("\n\n_derive = derive\n\n\ndef derive(seed, *purpose):\n    return _derive(seed + 1, *purpose)\n")
+    code, answer = compared()
+    assert code == 1 and answer["cases"] == 1 and not answer["equal"]
+    assert answer["difference"].startswith("text/lstm/random/hidden-covariance: ")
