@@ -8,9 +8,9 @@ OLD and NEW are folders that hold the package `lmnas`. The cases: every space x 
 that a checkout refuses (both must), then optimisers, schedules, dropout, averaging, workers, kernels, metrics,
 published tables (where LMNAS_DATA has them), compression, single stages, and the quick starts.
 
-`--keep DIR` keeps what OLD gave, so that it runs once; a case that was changed here runs anew. `OLD OLD` only fills DIR.
-`--only TEXT` takes the cases whose names contain it. A side is one process: each command runs in a forked child as
-`python -m lmnas` would.
+`--keep DIR` keeps what OLD gave, so that it runs once; a case that was changed here runs anew. `OLD OLD` only fills
+DIR. `--only TEXT` takes the cases whose names contain it. A side is one process: each command runs in a forked child
+as `python -m lmnas` would.
 
 Compared: exit codes, every JSON document and line of events that a run leaves (NEW may have further keys), the values,
 parameters and notes of all trials in study.db, the names of all jobs, the SHA-256 of every *.safetensors. Not compared:

@@ -1,6 +1,5 @@
 """The scripts of `benchmarks/` run; what they measure here means nothing."""
 
-import importlib.util
 import json
 import math
 import shutil
@@ -12,12 +11,11 @@ import pytest
 import tiny
 import torch
 import yaml
+from scripts import SCRIPTS, script
 
 from lmnas.core import registry
 from lmnas.core.contracts import Objective
 from lmnas.nn.sparsity import priors as evidence
-
-SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu])])
@@ -39,15 +37,6 @@ def test_gpu(device, tmp_path):
     for row in document["rows"].values():
         assert {"eager", "lstm"} <= set(row["ways"])
         assert all(way["median"] > 0 and len(way["milliseconds"]) == 1 for way in row["ways"].values())
-
-
-def script(name):
-    """A file of `benchmarks/` as a module."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -190,3 +179,62 @@ def test_two_checkouts_are_compared_bit_by_bit(tmp_path):
     code, answer = compared()
     assert code == 1 and answer["cases"] == 1 and not answer["equal"]
     assert answer["difference"].startswith("text/lstm/random/hidden-covariance: ")
+
+
+# --------------------------------------------------------------------------------------------------------- the house
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A house of two rooms with one of everything that is counted."""
+    (tmp_path / "lmnas" / "low").mkdir(parents=True)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_low.py").write_text("import lmnas\n")
+    for name, source in {
+        "__init__": "from lmnas.high import top\n",
+        "high": "from lmnas.low import one\nimport lmnas.low.registry\n\n\ndef top():\n    return one\n",
+        "low/__init__": "",
+        "low/registry": 'COMPONENTS: dict[str, dict[str, str]] = {"space": {"odd": "lmnas.low.odd:Odd"}}\n',
+        "low/odd": 'class Odd:\n    name = "odd"\n',
+        "low/one": (
+            "from lmnas.low.odd import Odd\nfrom lmnas.high import top  # type: ignore\n\n\n"
+            "def switch(space: dict[str, Any], kind):\n"
+            '    if space["kind"] == "a" or space.kind in kinds or kind == "b":\n'
+            '        return hasattr(space, "stack") or getattr(space, kind)\n'
+            '    return space == "odd"\n\n\n'
+            "def long():\n" + "    pass\n" * 60
+        ),
+    }.items():
+        (tmp_path / "lmnas" / f"{name}.py").write_text(source)
+    return tmp_path
+
+
+def test_what_the_house_script_counts(house):
+    survey = script("house").survey(house)
+    texts = {key: value if isinstance(value, int) else [text for *_, text in value] for key, value in survey.items()}
+    assert texts == {
+        "files of the package": 6,
+        "lines of the package": 81,
+        "files of tests": 1,
+        "lines of tests": 1,
+        "names under lmnas/": 2,
+        "import arrows between them": 2,
+        "circles among them": ["high low"],
+        "circles among files": ["lmnas.high lmnas.low.one"],
+        "switches on a kind": ["space['kind'] == 'a'", "space.kind in kinds", "kind == 'b'"],
+        "names of strangers": ["import Odd", "'odd'"],
+        "optional members by getattr, hasattr": ["hasattr(space, 'stack')"],
+        "type: ignore": ["# type: ignore"],
+        "dict[str, Any]": ["dict[str, Any]"],
+        "functions over 60 lines": ["long: 61 lines"],
+    }
+
+
+def test_the_house_script_sets_two_checkouts_side_by_side(house, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["house.py", str(house), str(house)])
+    script("house").main()
+    assert "switches on a kind                               3         3\n" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["house.py", str(house), "--json"])
+    script("house").main()
+    (counted,) = json.loads(capsys.readouterr().out).values()
+    assert counted["type: ignore"] == 1
