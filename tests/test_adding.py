@@ -67,7 +67,6 @@ def test_the_space_keeps_the_contract(registered, contract, settings):
         contracts.test_other_seeds_propose_otherwise,
         contracts.test_its_state_survives_a_checkpoint,
         contracts.test_loading_a_state_does_not_tie_two_strategies,
-        contracts.test_a_sharing_strategy_steers_by_step,
     ],
 )
 def test_the_strategy_keeps_the_contract(registered, contract):

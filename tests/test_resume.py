@@ -19,7 +19,7 @@ from sqlalchemy.sql.ddl import SchemaGenerator
 
 from lmnas.cli.main import main as cli
 from lmnas.core import files
-from lmnas.core.contracts import Objective, Trial
+from lmnas.core.contracts import Objective
 from lmnas.core.errors import UserError
 from lmnas.core.files import Events, read_events
 from lmnas.core.job import Job, read_result
@@ -228,7 +228,7 @@ def test_trials_are_neither_lost_nor_doubled_by_kills_while_they_are_recorded(da
         with Run(tmp_path, recipe) as run:
             record = Record(run, "search", objective, space)
             for k, genotype in enumerate(genotypes):
-                record.add(f"0/{k}", Trial(genotype, float(k), k))
+                record.add(f"0/{k}", tiny.trial(genotype, float(k), k))
 
     draws = random.Random(0)
     n_killed = sum(killing.killed_after(record, draws.uniform(0, 0.25)) for _ in range(12))

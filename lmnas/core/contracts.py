@@ -1,13 +1,14 @@
 """The contracts between the parts. Read this file first.
 
-    recipe -> Run -> Strategy -proposes-> Genotype -> Estimator -scores on-> Task -> Trial (recorded) -> report, export
+    recipe -> Run -> Strategy -proposes-> Proposal -> Estimator -scores on-> Task -> Trial (recorded) -> report, export
                         ^                               | build(genotype) or a path of the supernet
                         +---------- finished trials ----+
 
 Shapes: T time, B batch, H hidden width, V vocabulary, E edges of a table, K operations on an edge.
 """
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from lmnas.core.decisions import Decisions
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
+from lmnas.core.proposal import Cost, Proposal, Trial
 
 Mixture = Mapping[str, Tensor]
 """Table name -> (E, K) weights: what a supernet runs when a strategy relaxes the choice."""
@@ -68,24 +70,18 @@ class Score:
 
     `details` are what a task can say beyond the value about the test split (plain data): they are recorded with it, and
     the report draws those that it knows (`confusion`, `calibration`).
+
+    Attributes:
+        further: other scores of the same candidate by name, beside the objective's.
+        cost: steps and tokens that an estimate took, where it knows them.
     """
 
     value: float
     split: str
     n_predictions: int
     details: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A finished proposal. `value` is None when it failed, and then `failure` says why."""
-
-    genotype: Genotype
-    value: float | None
-    number: int = 0
-    failure: str | None = None
-    seconds: float = 0.0
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    further: Mapping[str, float] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
 
 
 # ---------------------------------------------------------------------------------------------------------- spaces
@@ -220,76 +216,89 @@ class LearnStep:
     curvature: Callable[[Mixture, str, int], Mixture] | None = None
 
 
-class Strategy(Protocol):
+class Strategy(ABC):
     """Proposes. `__init__(space, objective, seed, *, settings...)`.
 
     The k-th proposal draws from a generator seeded by (seed, k), so replaying a record repeats it.
     """
 
-    needs: frozenset[str]
+    needs: frozenset[str] = frozenset()
     """Capabilities it needs of the estimator: `shared-weights`, `mixture`."""
 
-    def ask(self, n: int) -> list[Genotype]:
+    @abstractmethod
+    def ask(self, n: int) -> list[Proposal]:
         """The next proposals; fewer than `n` (or none) when there is no more to propose."""
-        ...
 
-    def tell(self, trials: list[Trial]) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def tell(self, trials: Sequence[Trial]) -> None:
+        """Take the results of proposals, failed ones included. Default: learn nothing from them."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later proposals depend on; tensors and plain data."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state, which stays untouched."""
 
 
-class SharingStrategy(Strategy, Protocol):
-    """A strategy that can steer the training of shared weights.
+class SharingStrategy(Strategy):
+    """A strategy that can steer the training of shared weights."""
 
-    One that learns by gradient may say more. `joint`: it learns by the training loss, after every update of the weights
-    and from the same pass (`LearnStep.train_gradient`); without it, before the update and with a validation batch.
-    Forecasts read `learn_passes`, how many forward and backward passes one `learn` takes (default 1), and
-    `weight_copies`, how many copies of the weights it holds at once (default 0).
-    """
-
-    rewards_per_round: int
+    rewards_per_round: int = 0
     """Proposals to ask for, score on one batch and tell after each pass over the training data; 0: none."""
-    rewards_per_update: int
-    """How many of them one `tell` takes."""
+    rewards_per_update: int = 1
+    """Number of them that one `tell` takes."""
+    joint: bool = False
+    """True: it learns by the training loss, after every update of the weights and from the same pass
+    (`LearnStep.train_gradient`). False: before the update and with a validation batch."""
+    learn_passes: int = 1
+    """Forward and backward passes of one `learn`, for forecasts."""
+    weight_copies: int = 0
+    """Copies of the weights that `learn` holds at once, for forecasts."""
 
+    @abstractmethod
     def choice(self, step: int) -> Choice:
         """What the supernet runs at training step `step`."""
-        ...
 
     def learn(self, step: LearnStep) -> None:
         """One update of what the strategy learns by gradient; called only if `needs` has `mixture`."""
-        ...
 
     def statistics(self) -> dict[str, Any]:
         """Numbers for the learning curves: entropy of the policy, weights of the mixture."""
-        ...
+        return {}
 
 
 # ------------------------------------------------------------------------------------------------------ estimators
 
 
-class Estimator(Protocol):
-    """Scores genotypes. `__init__(space, task, seed, device, *, settings...)`.
+class Estimator(ABC):
+    """Scores proposals. `__init__(space, task, seed, device, *, settings...)`.
 
     One that cannot score every kind of body has `kinds`, those that it can.
     """
 
-    provides: frozenset[str]
+    provides: frozenset[str] = frozenset()
     """Capabilities it offers a strategy."""
-    is_proxy: bool
-    """Its scores rank candidates but are not results (weights shared, or none trained)."""
-    is_cheap: bool
-    """An estimate takes seconds: all proposals of one `ask` are one job."""
+    kinds: frozenset[str] | None = None
+    """Kinds of body that it can score; None: all."""
+    is_proxy: bool = False
+    """True: its scores rank candidates but are not results (weights shared, or none trained)."""
+    is_cheap: bool = False
+    """True: an estimate takes seconds; all proposals of one `ask` are one job."""
 
     def prepare(self, strategy: Strategy, job: Job) -> None:
-        """What must be done before the first estimate, resumable; leaves its files in the job's directory."""
-        ...
+        """Do what must be done before the first estimate, resumable; leave its files in the job's directory."""
 
     def load(self, prepared: Path) -> None:
         """Take over what `prepare` left in its job's directory."""
-        ...
 
-    def estimate(self, genotype: Genotype, seed: int, job: Job) -> Score: ...
+    @abstractmethod
+    def estimate(self, proposal: Proposal, seed: int, job: Job, parent: Path | None = None) -> Score:
+        """The proposal's score; `parent` is the directory of the job of the trial that `proposal.parent` names.
+
+        Raises:
+            Diverged: it has no score; `Unscored` where none is defined.
+        """
 
 
 # ----------------------------------------------------------------------------------------------------------- tasks

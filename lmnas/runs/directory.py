@@ -213,8 +213,9 @@ class Record:
                     "key": key,
                     "genotype": trial.genotype.to_dict(),
                     "genotype_id": trial.genotype.id,
-                    "seconds": trial.seconds,
+                    "seconds": trial.cost.seconds,
                     **({"failure": trial.failure} if failed else {}),
+                    **_beyond(trial),
                     **trial.notes,
                 },
             )
@@ -232,3 +233,11 @@ class Record:
             }
             for t in self.study.get_trials(deepcopy=False)
         ]
+
+
+def _beyond(trial: Trial) -> dict[str, Any]:
+    """Attributes of a trial that only some have."""
+    status = {} if trial.status == "ok" else {"status": trial.status}
+    work = {key: n for key, n in (("steps", trial.cost.steps), ("tokens", trial.cost.tokens)) if n}
+    further = {} if len(trial.scores) < 2 else {"scores": dict(trial.scores)}
+    return {**trial.proposal.terms(), **status, **work, **further}

@@ -42,7 +42,7 @@ from lmnas.runs.kernel_choice import FILE, Pin, read_pin, write_pin
 from lmnas.runs.plan import RECURRENT, plan
 from lmnas.runs.checks import given_genotype, preflight
 from lmnas.runs.progress import Display, Stop, seconds_text
-from lmnas.core.contracts import Space, Strategy, Trial
+from lmnas.core.contracts import Cost, Proposal, Space, Strategy, Trial
 from lmnas.report.html import write_report
 from lmnas.runs.directory import Record, Run, environment
 from lmnas.core.seeds import rng
@@ -223,36 +223,47 @@ class Experiment:
     def _propose(self, strategy: Strategy, record: Record, s: int, prepared: str | None, estimator: Any) -> None:
         """The loop of one search: ask, estimate, record, tell. Replaying finished jobs repeats it exactly."""
         told = 0
+        trial_jobs: list[str] = []
         while told < self.recipe.search.candidates:
-            genotypes = strategy.ask(min(self.recipe.search.batch, self.recipe.search.candidates - told))
-            if not genotypes:
+            proposals = strategy.ask(min(self.recipe.search.batch, self.recipe.search.candidates - told))
+            if not proposals:
                 break
-            groups = [genotypes] if estimator.is_cheap else [[g] for g in genotypes]
+            groups = [proposals] if estimator.is_cheap else [[p] for p in proposals]
             jobs: list[NamedSpec] = []
             for offset, group in enumerate(groups):
-                documents = [g.to_dict() for g in group]
+                documents = [p.genotype.to_dict() for p in group]
                 spec = {"kind": "estimate", "search": s, "genotypes": documents, "prepared": prepared}
+                if any(p.terms() for p in group):
+                    spec["terms"] = [p.terms() for p in group]
+                    spec["parents"] = [None if p.parent is None else trial_jobs[p.parent] for p in group]
                 jobs.append((f"search-{s}-trial-{told + offset}", spec))
+                trial_jobs += [jobs[-1][0]] * len(group)
             self._run_jobs(jobs)
             trials: list[Trial] = []
             for (name, _), group in zip(jobs, groups, strict=True):
                 result = self._result(name)
-                values = result.get("values") or [{"value": None, "failure": result["failure"]}] * len(group)
-                for genotype, value in zip(group, values, strict=True):
+                missing = {"value": None, "failure": result.get("failure"), "status": result["status"]}
+                values = result.get("values") or [missing] * len(group)
+                for proposal, value in zip(group, values, strict=True):
                     number = told + len(trials)
-                    finite = value["value"] is not None and math.isfinite(value["value"])
-                    trial = Trial(
-                        genotype,
-                        value["value"] if finite else None,
-                        number,
-                        None if finite else value.get("failure", "score is not finite"),
-                        result["seconds"] / len(group),
-                        {"search_seed": s, "is_proxy": estimator.is_proxy, "split": value.get("split", "valid")},
-                    )
+                    notes = {"search_seed": s, "is_proxy": estimator.is_proxy, "split": value.get("split", "valid")}
+                    seconds = result["seconds"] / len(group)
+                    trial = self._trial(proposal, number, value, seconds, notes)
                     record.add(f"{s}/{number}", trial)
                     trials.append(trial)
             strategy.tell(trials)
             told += len(trials)
+
+    def _trial(
+        self, proposal: Proposal, number: int, value: dict[str, Any], seconds: float, notes: dict[str, Any]
+    ) -> Trial:
+        """What became of one proposal, from its entry in a job's result."""
+        cost = Cost(seconds, value.get("steps", 0), value.get("tokens", 0))
+        if value["value"] is None or not math.isfinite(value["value"]):
+            status, failure = value.get("status", "failed"), value.get("failure", "score is not finite")
+            return Trial(proposal, number, {}, status, failure, cost, notes)
+        scores = {self.task.objective.name: value["value"], **value.get("further", {})}
+        return Trial(proposal, number, scores, cost=cost, notes=notes)
 
     # -------------------------------------------------------------------------------------------------------- select
 
@@ -343,7 +354,8 @@ class Experiment:
                 for seed in self._seeds(settings.seeds):
                     result = self._result(f"select-{genotype.id}-{seed}")
                     notes = {"source": name, "seed": seed, "is_proxy": False, "split": "valid"}
-                    trial = Trial(genotype, result.get("value"), 0, result.get("failure"), result["seconds"], notes)
+                    value = {"value": None, **result}
+                    trial = self._trial(Proposal(genotype), 0, value, result["seconds"], notes)
                     record.add(f"{name}/{genotype.id}/{seed}", trial)
         self._write_results()
 

@@ -13,7 +13,7 @@ import fcntl
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 
 from lmnas.core import registry
 from lmnas.runs.recipe import Recipe, load_recipe
-from lmnas.core.errors import Diverged, UserError
+from lmnas.core.errors import Diverged, Unscored, UserError
 from lmnas.core.files import PREPARED, digest
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job, read_result, read_spec
 from lmnas.runs.kernel_choice import read_pin
-from lmnas.core.contracts import Estimator, Space, Strategy, Task
+from lmnas.core.contracts import Estimator, Proposal, Score, Space, Strategy, Task
 from lmnas.nn.sparsity.training import OUTER, Sparsity, layout, sparsify
 from lmnas.nn.train import Training, fit, initialise, n_parameters, save_weights
 
@@ -152,6 +152,8 @@ def _estimate(
     search: int,
     genotypes: list[Any],
     prepared: str | None,
+    terms: list[dict[str, Any]] | None = None,
+    parents: list[str | None] | None = None,
 ) -> dict[str, Any]:
     task = open_task(recipe)
     estimator = open_estimator(recipe, open_space(recipe), task, search, device)
@@ -159,14 +161,24 @@ def _estimate(
         estimator.load(intact(run, prepared, PREPARED).parent)
     values = []
     for number, document in enumerate(genotypes):
-        genotype = Genotype.from_dict(document)
+        proposal = Proposal.from_terms(Genotype.from_dict(document), terms[number] if terms else {})
+        parent = parents[number] if parents else None
         try:
-            score = estimator.estimate(genotype, recipe.seed + search, job)
-            values.append({"value": score.value, "n_predictions": score.n_predictions, "split": score.split})
+            score = estimator.estimate(
+                proposal, recipe.seed + search, job, None if parent is None else run / "jobs" / parent
+            )
+            values.append(_estimated(score))
         except Diverged as failure:
-            values.append({"value": None, "failure": str(failure)})
+            status = "unscored" if isinstance(failure, Unscored) else "diverged"
+            values.append({"value": None, "failure": str(failure), "status": status})
         job.progress(number + 1, len(genotypes), "scoring candidates")
     return {"values": values, "seconds": job.seconds}
+
+
+def _estimated(score: Score) -> dict[str, Any]:
+    found = {"value": score.value, "n_predictions": score.n_predictions, "split": score.split}
+    further = {"further": dict(score.further)} if score.further else {}
+    return {**found, **further, **{key: n for key, n in asdict(score.cost).items() if n and key != "seconds"}}
 
 
 def _fit(

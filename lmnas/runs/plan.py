@@ -32,7 +32,7 @@ from lmnas.runs.jobs import build_model, open_device, open_space, open_strategy,
 from lmnas.nn.kernels import DEFAULT_CHUNK, Decided, decide, unavailable
 from lmnas.runs.kernel_choice import Pin, read_pin
 from lmnas.runs.checks import given_genotype
-from lmnas.core.contracts import Batch, Choice, Space, Task
+from lmnas.core.contracts import Batch, Choice, SharingStrategy, Space, Task
 from lmnas.core.seeds import rng
 from lmnas.nn.train import Training
 
@@ -173,9 +173,10 @@ def _search_flops(recipe: Recipe, task: Task, space: Space, epoch: float) -> flo
     if "shared-weights" not in registry.component("estimator", recipe.estimator["name"]).provides:
         return recipe.search.candidates * training.epochs * epoch * (1 + BACKWARD)
     strategy = open_strategy(recipe, space, task, 0)
-    learned = getattr(strategy, "learn_passes", 1) if "mixture" in strategy.needs else 0
+    assert isinstance(strategy, SharingStrategy)
+    learned = strategy.learn_passes if "mixture" in strategy.needs else 0
     steps = task.stream("train", training.batch_settings(task), recipe.seed).steps_per_epoch
-    rewards = getattr(strategy, "rewards_per_round", 0) * epoch / steps
+    rewards = strategy.rewards_per_round * epoch / steps
     return training.epochs * (epoch * (1 + BACKWARD) * (1 + learned) + rewards)
 
 
@@ -198,7 +199,8 @@ def _forecasts(key: str, kernel: Decided) -> tuple[tuple[str, Forecast, bool, bo
     copies, by_gradient = 0, False
     if recipe.genotype is None:
         strategy = open_strategy(recipe, space, task, 0)
-        copies, by_gradient = getattr(strategy, "weight_copies", 0), "mixture" in strategy.needs
+        if isinstance(strategy, SharingStrategy):
+            copies, by_gradient = strategy.weight_copies, "mixture" in strategy.needs
     found = []
     for example in _examples(recipe, task, space):
         optimizer = example.training.optimizer

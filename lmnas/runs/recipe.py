@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field
 
 from lmnas.core import registry
+from lmnas.core.contracts import SharingStrategy
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.registry import STRICT, checked, settings_model
 from lmnas.nn.train import Training
@@ -232,8 +233,12 @@ def check(recipe: Recipe) -> None:
             f"strategy {recipe.strategy['name']!r} needs {' and '.join(sorted(lacking))}, which estimator "
             f"{recipe.estimator['name']!r} does not provide. Estimators that do: {', '.join(able) or 'none'}."
         )
-    if "shared-weights" in estimator.provides and not hasattr(strategy, "choice"):
-        able = [name for name in registry.names("strategy") if hasattr(registry.component("strategy", name), "choice")]
+    if "shared-weights" in estimator.provides and not issubclass(strategy, SharingStrategy):
+        able = [
+            name
+            for name in registry.names("strategy")
+            if issubclass(registry.component("strategy", name), SharingStrategy)
+        ]
         raise UserError(
             f"estimator {recipe.estimator['name']!r} trains shared weights on the strategy's choices, and strategy "
             f"{recipe.strategy['name']!r} makes none. Strategies that do: {', '.join(able)}."
@@ -245,7 +250,7 @@ def check(recipe: Recipe) -> None:
             f"space {recipe.space['name']!r} makes {space.kind} bodies, task {recipe.task['name']!r} takes "
             f"{', '.join(sorted(task.kinds))}"
         )
-    scored = getattr(estimator, "kinds", None)
+    scored = estimator.kinds
     if scored is not None and space.kind not in scored:
         raise UserError(
             f"estimator {recipe.estimator['name']!r} scores {', '.join(sorted(scored))} bodies; space "

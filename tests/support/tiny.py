@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from lmnas.core.contracts import Proposal, Trial
+from lmnas.core.genotype import Genotype
+
 TEXT = "the a cat dog bird house tree sees likes finds eats near under big small red old and"
 WORDS = TEXT.split()
 
@@ -14,6 +17,14 @@ def text(n_lines: int = 60, seed: int = 0) -> str:
     """Lines of six words each."""
     draws = random.Random(seed)
     return "".join(" ".join(draws.choice(WORDS) for _ in range(6)) + "\n" for _ in range(n_lines))
+
+
+def trial(what: Genotype | Proposal, value: float | None, number: int = 0) -> Trial:
+    """A finished trial with one score; without one, a failed trial."""
+    proposal = what if isinstance(what, Proposal) else Proposal(what)
+    if value is None:
+        return Trial(proposal, number, status="diverged", failure="diverged")
+    return Trial(proposal, number, {"error": value})
 
 
 def training(**changes: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from lmnas.core.contracts import Score, Space, Strategy, Task
+from lmnas.core.contracts import Estimator, Proposal, Score, Space, Task
 from lmnas.core.errors import Unscored, UserError, nearest
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
@@ -25,10 +25,9 @@ KNOWN = {"recurrent": (*METRICS, *PREDICTED), "transformer": tuple(transformer.M
 """Kind of body -> its metrics."""
 
 
-class Proxy:
+class Proxy(Estimator):
     """A training-free metric of recurrent or Transformer bodies (`metric`), such as Jacobian cosine or a predictor."""
 
-    provides: frozenset[str] = frozenset()
     is_proxy = True
     is_cheap = True
     kinds = frozenset(KNOWN)
@@ -70,20 +69,14 @@ class Proxy:
         batches = {**training.batches, **{key: value for key, value in given.items() if value is not None}}
         self.batches = Training(epochs=1, batches=batches).batch_settings(task, "estimator.training.batches")
 
-    def prepare(self, strategy: Strategy, job: Job) -> None:
-        """Nothing to prepare."""
-
-    def load(self, prepared: Path) -> None:
-        """Nothing to load."""
-
-    def estimate(self, genotype: Genotype, seed: int, job: Job) -> Score:
+    def estimate(self, proposal: Proposal, seed: int, job: Job, parent: Path | None = None) -> Score:
         """The metric, turned to the objective's direction.
 
         Raises:
             Unscored: it is undefined for this candidate, with the reason.
         """
         try:
-            value, n_tokens = self._value(genotype, seed)
+            value, n_tokens = self._value(proposal.genotype, seed)
         except Undefined as reason:
             raise Unscored(f"{self.metric} is undefined: {reason}") from None
         return Score(value if self.task.objective.direction == "maximize" else -value, "valid", n_tokens)

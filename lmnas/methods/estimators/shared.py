@@ -15,10 +15,22 @@ import torch
 from pydantic import Field
 from torch.func import functional_call
 
-from lmnas.core.contracts import Batch, LearnStep, Mixture, Score, SharingStrategy, Space, State, Task, Trial
+from lmnas.core.contracts import (
+    Batch,
+    Estimator,
+    LearnStep,
+    Mixture,
+    Proposal,
+    Score,
+    SharingStrategy,
+    Space,
+    State,
+    Strategy,
+    Task,
+    Trial,
+)
 from lmnas.core.errors import Diverged
 from lmnas.core.files import PREPARED, pack, to_device, unpack, write_atomic
-from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
 from lmnas.core.seeds import derive
 from lmnas.nn.curvature import diagonal
@@ -28,7 +40,7 @@ MAX_SKIPPED = 10
 """Batches in a row without an update before training goes back to its last good state."""
 
 
-class Shared:
+class Shared(Estimator):
     """Trains the supernet in `prepare`, scores paths of it in `estimate`."""
 
     provides = frozenset({"shared-weights", "mixture"})
@@ -64,16 +76,17 @@ class Shared:
         settings = training.model_settings(task, "estimator.training.model")
         self.model = initialise(task.model(space.supernet(settings.width), settings), seed).to(device)
 
-    def prepare(self, strategy: SharingStrategy, job: Job) -> None:
+    def prepare(self, strategy: Strategy, job: Job) -> None:
         """Train the supernet: per step the strategy learns (if by gradient), then the weights of its choice move, or
         both from one pass (if it is `joint`); after each pass the strategy's proposals are rewarded (if by
         reinforcement), with the weights frozen."""
+        assert isinstance(strategy, SharingStrategy)
         weights = WeightTraining(self.model, self.task, self.training, self.seed, self.device)
         # one cursor over validation text for architecture steps, one for rewards
         valid_stream = self.task.stream("valid", self.valid_batches, self.seed)
         reward_stream = self.task.stream("valid", self.valid_batches, self.seed + 1)
         by_gradient = "mixture" in strategy.needs
-        joint = by_gradient and getattr(strategy, "joint", False)
+        joint = by_gradient and strategy.joint
         loss_mean = Mean()
         recovery = Recovery(job)
         rewards_due, ticks, skipped = 0, 0, 0
@@ -264,15 +277,22 @@ class Shared:
     def _reward(self, strategy: SharingStrategy, batch: Batch, step: int) -> None:
         """One update of the policy: proposals scored on the same validation batch, from zero state, no dropout."""
         batch = batch.to(self.device)
-        genotypes = strategy.ask(strategy.rewards_per_update)
-        strategy.tell([Trial(g, self.task.score_batch(self.model, batch, g).value) for g in genotypes])
+        name = self.task.objective.name
+        strategy.tell(
+            [
+                Trial(proposal, scores={name: self.task.score_batch(self.model, batch, proposal.genotype).value})
+                for proposal in strategy.ask(strategy.rewards_per_update)
+            ]
+        )
 
     def load(self, prepared: Path) -> None:
         self.model.load_state_dict(unpack((prepared / PREPARED).read_bytes())["model"])
 
-    def estimate(self, genotype: Genotype, seed: int, job: Job) -> Score:
+    def estimate(self, proposal: Proposal, seed: int, job: Job, parent: Path | None = None) -> Score:
         """The path's proxy score on the validation split."""
-        return self.task.evaluate(self.model, "valid", self.batches, genotype, max_segments=self.score_segments)
+        return self.task.evaluate(
+            self.model, "valid", self.batches, proposal.genotype, max_segments=self.score_segments
+        )
 
 
 def prepared_strategy(directory: Path) -> dict[str, Any]:

@@ -4,18 +4,13 @@ from pathlib import Path
 
 import torch
 
-from lmnas.core.contracts import Score, Space, Strategy, Task
-from lmnas.core.genotype import Genotype
+from lmnas.core.contracts import Cost, Estimator, Proposal, Score, Space, Task
 from lmnas.core.job import Job
 from lmnas.nn.train import Training, fit, initialise
 
 
-class Standalone:
+class Standalone(Estimator):
     """`training.epochs` sets the fidelity. Scores are the best on the validation split."""
-
-    provides: frozenset[str] = frozenset()
-    is_proxy = False
-    is_cheap = False
 
     def __init__(self, space: Space, task: Task, seed: int, device: torch.device, *, training: Training):
         """
@@ -27,15 +22,9 @@ class Standalone:
         self.device = device
         self.training = training
 
-    def prepare(self, strategy: Strategy, job: Job) -> None:
-        """Nothing to prepare."""
-
-    def load(self, prepared: Path) -> None:
-        """Nothing to load."""
-
-    def estimate(self, genotype: Genotype, seed: int, job: Job) -> Score:
+    def estimate(self, proposal: Proposal, seed: int, job: Job, parent: Path | None = None) -> Score:
         settings = self.training.model_settings(self.task, "estimator.training.model")
-        body = self.space.build(genotype, settings.width)
+        body = self.space.build(proposal.genotype, settings.width)
         model = initialise(self.task.model(body, settings), seed).to(self.device)
         result = fit(model, self.task, self.training, seed, job, self.device)
-        return Score(result["value"], "valid", result["n_predictions"])
+        return Score(result["value"], "valid", result["n_predictions"], cost=Cost(steps=result["steps"]))

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import torch
 
-from lmnas.core.contracts import Score, Space, Strategy, Task
+from lmnas.core.contracts import Estimator, Proposal, Score, Space, Task
 from lmnas.core.errors import Unscored, UserError
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
 from lmnas.spaces.recurrent.published import NAS_BENCH_NLP, PublishedCell, nas_bench_nlp
 
 
-class Table:
+class Table(Estimator):
     """Published perplexities; a candidate that the table lacks, or that never trained to an end, has no score."""
 
-    provides: frozenset[str] = frozenset()
     is_proxy = True  # others trained it, at another size: it ranks candidates and is no result of this run
     is_cheap = True
 
@@ -43,19 +42,13 @@ class Table:
             except UserError:
                 continue  # a cell that this space's settings do not allow is not asked for
 
-    def prepare(self, strategy: Strategy, job: Job) -> None:
-        """Nothing to prepare."""
-
-    def load(self, prepared: Path) -> None:
-        """Nothing to load."""
-
-    def estimate(self, genotype: Genotype, seed: int, job: Job) -> Score:
+    def estimate(self, proposal: Proposal, seed: int, job: Job, parent: Path | None = None) -> Score:
         """The published mean perplexity; `n_predictions` is 0, as the table does not say.
 
         Raises:
             Unscored: the table does not have the cell, or no training of it came to an end.
         """
-        loss = self.loss(genotype)
+        loss = self.loss(proposal.genotype)
         return Score(math.exp(loss), "test", 0)
 
     def loss(self, genotype: Genotype) -> float:

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lmnas.core.contracts import EdgeTable, LearnStep, Mixture, Objective, Space, Trial
+from lmnas.core.contracts import EdgeTable, LearnStep, Mixture, Objective, Proposal, SharingStrategy, Space
 from lmnas.core.errors import Emptied, UserError
 from lmnas.core.genotype import Genotype
 from lmnas.core.seeds import generator
@@ -75,7 +75,7 @@ class _Graph:
         return values.view(self.alive.shape)
 
 
-class Bayes:
+class Bayes(SharingStrategy):
     """Proposes the one architecture that survives its sparse prior.
 
     Settings:
@@ -101,8 +101,6 @@ class Bayes:
     needs = frozenset({"shared-weights", "mixture"})
     joint = True
     learn_passes = 0
-    rewards_per_round = 0
-    rewards_per_update = 1
 
     def __init__(
         self,
@@ -223,12 +221,12 @@ class Bayes:
 
     # ------------------------------------------------------------------------------------------------------- deriving
 
-    def ask(self, n: int) -> list[Genotype]:
+    def ask(self, n: int) -> list[Proposal]:
         """The derived architecture, once."""
         if self.proposed or n < 1:
             return []
         self.proposed = True
-        return [self.derived()]
+        return [Proposal(self.derived())]
 
     def derived(self) -> Genotype:
         """One operation a node: the largest gamma, ties by r^2 h (or, by `ranking`, the other way round).
@@ -272,9 +270,6 @@ class Bayes:
             ]
             for name, graph in self.graphs.items()
         }
-
-    def tell(self, trials: list[Trial]) -> None:
-        """Nothing: it learns from gradients."""
 
     # -------------------------------------------------------------------------------------------------------- records
 

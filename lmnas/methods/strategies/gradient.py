@@ -24,9 +24,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lmnas.core.contracts import LearnStep, Mixture, Objective, Space, Trial
+from lmnas.core.contracts import LearnStep, Mixture, Objective, Proposal, SharingStrategy, Space
 from lmnas.core.errors import UserError
-from lmnas.core.genotype import Genotype
 from lmnas.core.seeds import generator
 
 Alphas = dict[str, Tensor]
@@ -36,12 +35,10 @@ LOOK_AHEAD_COPIES = 5
 its clipped form, and weights moved along it."""
 
 
-class Gradient:
+class Gradient(SharingStrategy):
     """Proposes the one architecture that its learned mixture stands for."""
 
     needs = frozenset({"shared-weights", "mixture"})
-    rewards_per_round = 0
-    rewards_per_update = 1
 
     def __init__(
         self,
@@ -99,15 +96,12 @@ class Gradient:
             alpha.grad = gradients[name]
         self.optimizer.step()
 
-    def ask(self, n: int) -> list[Genotype]:
+    def ask(self, n: int) -> list[Proposal]:
         """The derived architecture, once."""
         if self.proposed or n < 1:
             return []
         self.proposed = True
-        return [self.space.derive(self.choice(0))]
-
-    def tell(self, trials: list[Trial]) -> None:
-        """Nothing: it learns from gradients."""
+        return [Proposal(self.space.derive(self.choice(0)))]
 
     def statistics(self) -> dict[str, Any]:
         """`entropy`: mean over edges, nats; `mixture`: the weights, by table; `ops`: their columns."""

@@ -7,14 +7,14 @@ Li & Talwalkar, Random Search and Reproducibility for Neural Architecture Search
 from typing import Any
 
 from lmnas.core import seeds
-from lmnas.core.contracts import LearnStep, Objective, Space, Trial
+from lmnas.core.contracts import Objective, Proposal, SharingStrategy, Space
 from lmnas.core.genotype import Genotype
 
 REDRAWS = 1000
 """Draws for one new genotype before the space counts as exhausted."""
 
 
-class RandomSearch:
+class RandomSearch(SharingStrategy):
     """Uniform over the space's decisions.
 
     Args:
@@ -24,22 +24,18 @@ class RandomSearch:
     >>> RandomSearch(space, objective, seed=0).ask(10)
     """
 
-    needs: frozenset[str] = frozenset()
-    rewards_per_round = 0
-    rewards_per_update = 1
-
     def __init__(self, space: Space, objective: Objective, seed: int, *, distinct: bool = True):
         self.space, self.objective, self.seed, self.distinct = space, objective, seed, distinct
         self.n_proposed = 0
         self.proposed_ids: set[str] = set()
 
-    def ask(self, n: int) -> list[Genotype]:
-        genotypes: list[Genotype] = []
-        while len(genotypes) < n and (genotype := self._draw()) is not None:
-            genotypes.append(genotype)
+    def ask(self, n: int) -> list[Proposal]:
+        proposals: list[Proposal] = []
+        while len(proposals) < n and (genotype := self._draw()) is not None:
+            proposals.append(Proposal(genotype))
             self.n_proposed += 1
             self.proposed_ids.add(genotype.id)
-        return genotypes
+        return proposals
 
     def _draw(self) -> Genotype | None:
         rng = seeds.rng(self.seed, "proposal", self.n_proposed)
@@ -49,18 +45,9 @@ class RandomSearch:
                 return genotype
         return None
 
-    def tell(self, trials: list[Trial]) -> None:
-        """Learns nothing."""
-
     def choice(self, step: int) -> Genotype:
         """A uniform path, another for each minibatch."""
         return self.space.sample(seeds.rng(self.seed, "choice", step))
-
-    def learn(self, step: LearnStep) -> None:
-        """Learns nothing."""
-
-    def statistics(self) -> dict[str, Any]:
-        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"n_proposed": self.n_proposed, "proposed_ids": sorted(self.proposed_ids)}

@@ -12,13 +12,14 @@ Where we depart:
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
 from lmnas.core import seeds
-from lmnas.core.contracts import LearnStep, Objective, Space, Trial
+from lmnas.core.contracts import Objective, Proposal, SharingStrategy, Space, Trial
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype
 from lmnas.methods.strategies.controller import Controller
@@ -30,7 +31,7 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Reinforce:
+class Reinforce(SharingStrategy):
     """An LSTM policy over the space's decisions, trained by the score-function gradient.
 
     For a told batch, with R' = R + entropy_weight H and H the entropy, a constant here (only the score-function term
@@ -70,11 +71,9 @@ class Reinforce:
         rewards_per_update: of these, how many one Adam step takes.
 
     >>> strategy = Reinforce(space, objective, seed=0)
-    >>> genotypes = strategy.ask(10)
-    >>> strategy.tell([Trial(genotype, perplexity(genotype)) for genotype in genotypes])
+    >>> proposals = strategy.ask(10)
+    >>> strategy.tell([Trial(p, scores={"perplexity": perplexity(p.genotype)}) for p in proposals])
     """
-
-    needs: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -129,7 +128,7 @@ class Reinforce:
         self.entropies: list[float] = []
         self.mean_reward: float | None = None
 
-    def ask(self, n: int) -> list[Genotype]:
+    def ask(self, n: int) -> list[Proposal]:
         """`n` proposals of the present policy; they may repeat."""
         if n < 1:
             return []
@@ -137,7 +136,7 @@ class Reinforce:
         choices, _, entropy = self.controller.draw(torch.stack(rows))
         self.n_proposed += n
         self.entropies = (self.entropies + entropy.tolist())[-RECENT:]
-        return [Genotype(self.space.name, row) for row in choices]
+        return [Proposal(Genotype(self.space.name, row)) for row in choices]
 
     def choice(self, step: int) -> Genotype:
         """A fresh path of the present policy for each minibatch (section 2.2)."""
@@ -149,7 +148,7 @@ class Reinforce:
         generator = seeds.generator(self.seed, *purpose)
         return torch.rand(self.controller.n_uniforms, dtype=torch.float64, generator=generator)
 
-    def tell(self, trials: list[Trial]) -> None:
+    def tell(self, trials: Sequence[Trial]) -> None:
         """One update of the policy from all of `trials`.
 
         Raises:
@@ -187,9 +186,6 @@ class Reinforce:
                 f"reinforce: the reward {self.reward_scale:g} / {self.objective.name} needs values above 0, got {value}"
             )
         return self.reward_scale / value
-
-    def learn(self, step: LearnStep) -> None:
-        """Learns from trials alone."""
 
     def statistics(self) -> dict[str, Any]:
         """Mean entropy in nats of the latest proposals, baseline, and mean reward of the last told batch.

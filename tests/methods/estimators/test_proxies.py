@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmnas.core import registry
-from lmnas.core.contracts import Objective
+from lmnas.core.contracts import Objective, Proposal
 from lmnas.core.errors import Diverged, Unscored, UserError
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
@@ -39,7 +39,7 @@ def estimator(task, space=SPACE, **settings):
 @pytest.mark.parametrize("metric", ["hidden_covariance_1", "hidden_saliency", "jacobian_cosine"])
 def test_it_is_the_metric_of_the_untrained_model(metric, tiny_task, tmp_path):
     genotype = SPACE.sample(random.Random(3))
-    score = estimator(tiny_task, metric=metric).estimate(genotype, 5, Job(tmp_path))
+    score = estimator(tiny_task, metric=metric).estimate(Proposal(genotype), 5, Job(tmp_path))
     settings = tiny_task.Model(width=8)
     model = initialise(tiny_task.model(SPACE.build(genotype, 8), settings), 5)
     tokens = tiny_task.stream("valid", tiny_task.Batches(batch_size=4, bptt=9), 5).next().inputs
@@ -51,15 +51,15 @@ def test_it_is_the_metric_of_the_untrained_model(metric, tiny_task, tmp_path):
 
 def test_it_follows_an_objective_that_is_maximised(tiny_task, tmp_path, monkeypatch):
     genotype = SPACE.sample(random.Random(3))
-    low = estimator(tiny_task).estimate(genotype, 0, Job(tmp_path)).value
+    low = estimator(tiny_task).estimate(Proposal(genotype), 0, Job(tmp_path)).value
     monkeypatch.setattr(tiny_task, "objective", Objective("accuracy", "of tags", "maximize"))
-    assert estimator(tiny_task).estimate(genotype, 0, Job(tmp_path)).value == -low
+    assert estimator(tiny_task).estimate(Proposal(genotype), 0, Job(tmp_path)).value == -low
 
 
 def test_hidden_covariance_is_a_name_of_its_own(tiny_task, tmp_path):
     genotype = SPACE.sample(random.Random(3))
-    own = HiddenCovariance(SPACE, tiny_task, 0, CPU, training=TRAINING).estimate(genotype, 0, Job(tmp_path))
-    assert own == estimator(tiny_task, metric="hidden_covariance_1").estimate(genotype, 0, Job(tmp_path))
+    own = HiddenCovariance(SPACE, tiny_task, 0, CPU, training=TRAINING).estimate(Proposal(genotype), 0, Job(tmp_path))
+    assert own == estimator(tiny_task, metric="hidden_covariance_1").estimate(Proposal(genotype), 0, Job(tmp_path))
     assert registry.component("estimator", "hidden-covariance").is_proxy
 
 
@@ -67,7 +67,8 @@ def test_predictors_ignore_the_model(tiny_task, tmp_path):
     genotype = SPACE.sample(random.Random(3))
     cell = features(SPACE, genotype)
     found = {
-        m: estimator(tiny_task, metric=m).estimate(genotype, 0, Job(tmp_path)).value for m in ("predictor", "prior")
+        m: estimator(tiny_task, metric=m).estimate(Proposal(genotype), 0, Job(tmp_path)).value
+        for m in ("predictor", "prior")
     }
     assert found["prior"] == pytest.approx(-prior(cell))
     assert found["predictor"] == pytest.approx(-shipped().predict([cell])[0])
@@ -75,7 +76,7 @@ def test_predictors_ignore_the_model(tiny_task, tmp_path):
 
 def test_an_undefined_score_is_a_failed_trial_with_its_reason(tiny_task, tmp_path):
     with pytest.raises(Unscored) as failure:
-        estimator(tiny_task).estimate(DEAD, 0, Job(tmp_path))
+        estimator(tiny_task).estimate(Proposal(DEAD), 0, Job(tmp_path))
     assert str(failure.value) == "hidden_covariance_1 is undefined: 8 of 8 rows are constant"
     assert isinstance(failure.value, Diverged)  # jobs record it as they record a divergence
 
@@ -92,7 +93,7 @@ def test_transformer_bodies(tiny_task, tmp_path, monkeypatch):
     space = FlexiBERT(hidden=(8,), feed_forward=(16,), layers=(2,))
     monkeypatch.setattr(tiny_task, "kinds", frozenset({"transformer"}), raising=False)
     genotype = space.sample(random.Random(0))
-    found = estimator(tiny_task, space=space, metric="w_pca").estimate(genotype, 2, Job(tmp_path)).value
+    found = estimator(tiny_task, space=space, metric="w_pca").estimate(Proposal(genotype), 2, Job(tmp_path)).value
     network = transformer.untrained(space.build(genotype, 8), len(tiny_task.vocabulary), 2)
     tokens = tiny_task.stream("valid", tiny_task.Batches(batch_size=4, bptt=9), 2).next().inputs
     assert found == -transformer.measure(network, tokens.t(), ["w_pca"], 2)["w_pca"]

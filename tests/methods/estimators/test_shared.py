@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lmnas.core.contracts import Proposal
 from lmnas.core.errors import Diverged
 from lmnas.core.files import read_events
 from lmnas.core.job import Job
@@ -104,4 +105,4 @@ def test_estimates_are_the_paths_of_the_supernet(tiny_task, tmp_path):
         outer = {name: t for name, t in shared.model.state_dict().items() if not name.startswith("body.")}
         model.load_state_dict({**outer, **{f"body.{name}": t for name, t in alone.state_dict().items()}})
         expected = tiny_task.evaluate(model, "valid", shared.batches)
-        assert shared.estimate(genotype, 0, Job(tmp_path)).value == expected.value
+        assert shared.estimate(Proposal(genotype), 0, Job(tmp_path)).value == expected.value

@@ -12,6 +12,7 @@ import torch
 from command_line import answer, write_recipe
 
 from lmnas.cli.score import sampled
+from lmnas.core.contracts import Proposal
 from lmnas.core.errors import Unscored, UserError
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
@@ -55,13 +56,13 @@ def renamed(genotype):
 def test_it_gives_the_mean_loss_as_perplexity(table, tiny_task, tmp_path):
     estimator = Table(RecurrentGraph(), tiny_task, 0, CPU, data=str(table))
     for k in (0, 1, 2):
-        score = estimator.estimate(renamed(CELLS[k]), 0, Job(tmp_path / str(k)))
+        score = estimator.estimate(Proposal(renamed(CELLS[k])), 0, Job(tmp_path / str(k)))
         assert score.value == pytest.approx(math.exp(sum(losses(k)) / 2)) and score.split == "test"
     with pytest.raises(Unscored, match="none of the 2 published trainings of cell 3 came to an end"):
-        estimator.estimate(CELLS[3], 0, Job(tmp_path / "3"))
+        estimator.estimate(Proposal(CELLS[3]), 0, Job(tmp_path / "3"))
     other = sampled("recurrent-graph", 1, 99)[0][1]
     with pytest.raises(Unscored, match=f"no cell {other.id}"):
-        estimator.estimate(other, 0, Job(tmp_path / "4"))
+        estimator.estimate(Proposal(other), 0, Job(tmp_path / "4"))
 
 
 def test_what_does_not_fit_is_refused(table, tiny_task, tmp_path):

@@ -163,8 +163,8 @@ def test_one_pass_on_a_small_text(tiny_task, tmp_path):
     assert (values != 1).all() and values.isfinite().all()
     alive = strategy.statistics()["alive"]
     assert 0 < alive < 24 and min(note["alive"] for note in strategy.history) == alive
-    (genotype,) = strategy.ask(3)
-    shared.space.check(genotype)
+    (proposal,) = strategy.ask(3)
+    shared.space.check(proposal.genotype)
     assert strategy.ask(1) == []
     assert len(strategy.survivors()["nodes"]) == alive
 
@@ -316,7 +316,7 @@ def test_a_space_that_keeps_all_survivors_gets_them():
     graph.alive[:] = False
     for row, k in ((0, 0), (0, 3), (3, 1), (4, 2)):  # 1 <- 0 twice, 3 <- 0, 3 <- 1; node 2 is dead
         graph.alive[row, k] = True
-    (genotype,) = strategy.ask(1)
+    genotype = strategy.ask(1)[0].genotype
     assert dict(genotype.choices) == {
         "node_0.activation": "tanh",
         "node_1.inputs": ["0:tanh", "0:identity"],

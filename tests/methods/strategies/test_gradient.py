@@ -231,6 +231,7 @@ def test_a_strong_edge_is_derived(tiny_task):
     strategy = Gradient(RecurrentCell(n_nodes=2), tiny_task.objective, 0)
     with torch.no_grad():
         strategy.alphas["nodes"][2, 3] = 9.0
-    (genotype,) = strategy.ask(5)
+    (proposal,) = strategy.ask(5)
+    genotype = proposal.genotype
     assert (genotype.choices["node_2.input"], genotype.choices["node_2.activation"]) == (1, "sigmoid")
     assert strategy.ask(1) == []

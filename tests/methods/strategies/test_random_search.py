@@ -3,9 +3,10 @@
 from collections import Counter
 
 import pytest
+import tiny
 from scipy.stats import chisquare
 
-from lmnas.core.contracts import Objective, Trial
+from lmnas.core.contracts import Objective
 from lmnas.core.decisions import Decisions, OneOf, Subset
 from lmnas.core.genotype import Genotype
 from lmnas.methods.strategies.random_search import RandomSearch
@@ -37,7 +38,7 @@ def test_proposals_and_paths_are_uniform_over_decisions():
     n = 4000
     probability = {"none": 1 / 4, "conv": 1 / 4 / 4, "pool": 1 / 4 / 4, "norm": 1 / 4 / 3}  # of one architecture
     search = make(distinct=False)
-    for drawn in (search.ask(n), [search.choice(step) for step in range(n)]):
+    for drawn in ([p.genotype for p in search.ask(n)], [search.choice(step) for step in range(n)]):
         counts = Counter(drawn)
         assert len(counts) == ToySpace.decisions.size() == 12
         expected = [n * probability[genotype.choices["op"]] for genotype in counts]
@@ -61,7 +62,7 @@ def test_proposals_do_not_depend_on_how_many_are_asked_or_told(distinct):
     one_by_one = []
     for _ in range(8):
         one_by_one += single.ask(1)
-        single.tell([Trial(one_by_one[-1], None, failure="diverged")])
+        single.tell([tiny.trial(one_by_one[-1], None)])
         single.choice(3)
     assert together.ask(8) == one_by_one
     assert make(seed=1, distinct=distinct).ask(8) != one_by_one

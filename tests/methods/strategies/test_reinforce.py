@@ -6,11 +6,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from scipy.stats import chisquare
 
 from lmnas.core import seeds
-from lmnas.core.contracts import Objective, Trial
+from lmnas.core.contracts import Objective
 from lmnas.core.decisions import Decisions, OneOf, Subset
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype
@@ -349,7 +350,7 @@ def test_expected_update_is_the_exact_gradient_whatever_the_baseline(baseline, b
     mean = [None if true is None else torch.zeros_like(true) for true in exact]
     for drawn in itertools.product(range(len(rows)), repeat=batch):
         strategy.load_state_dict(state)
-        strategy.tell([Trial(Genotype("toy", rows[k]), REWARDS[k]) for k in drawn])
+        strategy.tell([tiny.trial(Genotype("toy", rows[k]), REWARDS[k]) for k in drawn])
         weight = math.prod(probability[k] for k in drawn)
         for total, grad in zip(mean, gradients(strategy), strict=True):
             assert (total is None) == (grad is None)
@@ -369,9 +370,9 @@ def test_entropy_counts_as_a_constant_of_the_reward():
     entropy = by_hand.controller.evaluate(rows)[1].tolist()
     assert max(entropy) - min(entropy) > 0.1
     genotypes = [Genotype("toy", row) for row in rows]
-    with_bonus.tell([Trial(g, 1.0) for g in genotypes])
-    by_hand.tell([Trial(g, 1.0 + 0.5 * h) for g, h in zip(genotypes, entropy, strict=True)])
-    without.tell([Trial(g, 1.0) for g in genotypes])
+    with_bonus.tell([tiny.trial(g, 1.0) for g in genotypes])
+    by_hand.tell([tiny.trial(g, 1.0 + 0.5 * h) for g, h in zip(genotypes, entropy, strict=True)])
+    without.tell([tiny.trial(g, 1.0) for g in genotypes])
     for first, second in zip(gradients(with_bonus), gradients(by_hand), strict=True):
         assert (first is None and second is None) or torch.allclose(first, second)
     assert not torch.allclose(gradients(with_bonus)[1], gradients(without)[1])
@@ -382,16 +383,16 @@ def test_reward_and_baseline_by_hand():
     genotype = Genotype("toy", enumerate_choices(SMALL)[0])
     settings = {"entropy_weight": 0.0, "baseline_decay": 0.9}
     strategy = make(SMALL, MINIMIZE, **settings)
-    strategy.tell([Trial(genotype, 160.0), Trial(genotype, 40.0)])  # 80 / 160 and 80 / 40
+    strategy.tell([tiny.trial(genotype, 160.0), tiny.trial(genotype, 40.0)])  # 80 / 160 and 80 / 40
     assert strategy.statistics()["reward"] == pytest.approx(1.25)
     assert strategy.statistics()["baseline"] == pytest.approx(1.25)
-    strategy.tell([Trial(genotype, 20.0)])
+    strategy.tell([tiny.trial(genotype, 20.0)])
     assert strategy.statistics()["baseline"] == pytest.approx(1.25 + 0.1 * (4 - 1.25))
     from_zero = make(SMALL, MINIMIZE, baseline_start="zero", **settings)
-    from_zero.tell([Trial(genotype, 20.0)])
+    from_zero.tell([tiny.trial(genotype, 20.0)])
     assert from_zero.statistics()["baseline"] == pytest.approx(0.4)
     maximised = make(SMALL, MAXIMIZE, **settings)
-    maximised.tell([Trial(genotype, -0.3), Trial(genotype, 0.7)])
+    maximised.tell([tiny.trial(genotype, -0.3), tiny.trial(genotype, 0.7)])
     assert maximised.statistics()["reward"] == pytest.approx(0.2)
 
 
@@ -400,7 +401,7 @@ def test_an_error_rate_is_rewarded_by_its_accuracy():
     objective = Objective("error", "%", "minimize", worst=100.0)
     strategy = make(SMALL, objective, entropy_weight=0.0)
     genotype = Genotype("toy", enumerate_choices(SMALL)[0])
-    strategy.tell([Trial(genotype, 30.0), Trial(genotype, 0.0)])
+    strategy.tell([tiny.trial(genotype, 30.0), tiny.trial(genotype, 0.0)])
     assert strategy.statistics()["reward"] == pytest.approx(0.85)
     assert strategy.reward(100.0) == 0 == strategy.reward(None) == strategy.reward(float("nan"))
 
@@ -410,8 +411,8 @@ def test_failed_trials_have_reward_zero_and_break_nothing(objective):
     strategy = make(MIXED, objective)
     strategy.tell([])
     for values in ([None], [float("nan"), float("inf"), -float("inf"), None], [None, 2.0]):
-        genotypes = strategy.ask(len(values))
-        strategy.tell([Trial(g, v) for g, v in zip(genotypes, values, strict=True)])
+        proposals = strategy.ask(len(values))
+        strategy.tell([tiny.trial(p, v) for p, v in zip(proposals, values, strict=True)])
         expected = 0.0 if len(values) != 2 else (40.0 if objective is MINIMIZE else 2.0) / 2
         assert strategy.statistics()["reward"] == expected
     assert all(torch.isfinite(p).all() for p in strategy.controller.parameters())
@@ -421,14 +422,14 @@ def test_failed_trials_have_reward_zero_and_break_nothing(objective):
 def test_refuses_a_minimised_value_that_makes_no_reward():
     strategy = make(SMALL, MINIMIZE)
     with pytest.raises(UserError, match=r"needs values above 0, got -1\.5"):
-        strategy.tell([Trial(strategy.ask(1)[0], -1.5)])
+        strategy.tell([tiny.trial(strategy.ask(1)[0], -1.5)])
 
 
 def test_a_space_without_a_choice_is_proposed_again_and_again():
     space = ToySpace([OneOf("op", ("a",), node=0), Subset("skips", (), node=0)])
     strategy = make(space)
-    strategy.tell([Trial(genotype, 1.0) for genotype in strategy.ask(2)])
-    assert strategy.ask(1)[0].choices == {"op": "a", "skips": []}
+    strategy.tell([tiny.trial(proposal, 1.0) for proposal in strategy.ask(2)])
+    assert strategy.ask(1)[0].genotype.choices == {"op": "a", "skips": []}
 
 
 @pytest.mark.slow
@@ -451,14 +452,14 @@ def test_finds_the_best_architecture_sooner_than_random_search():
         strategy = Reinforce(space, MAXIMIZE, seed, **settings)
         told = []
         for _ in range(120):
-            genotypes = strategy.ask(20)
-            told += genotypes
-            strategy.tell([Trial(genotype, value(genotype)) for genotype in genotypes])
-        n_found += Counter(strategy.ask(50)).most_common(1)[0][0] == best
+            proposals = strategy.ask(20)
+            told += [proposal.genotype for proposal in proposals]
+            strategy.tell([tiny.trial(p, value(p.genotype)) for p in proposals])
+        n_found += Counter(p.genotype for p in strategy.ask(50)).most_common(1)[0][0] == best
         n_evaluations += told.index(best) + 1 if best in told else 10 * len(told)
 
         random_search = RandomSearch(space, MAXIMIZE, seed)
-        n_random_evaluations += 1 + next(k for k in range(1536) if random_search.ask(1)[0] == best)
+        n_random_evaluations += 1 + next(k for k in range(1536) if random_search.ask(1)[0].genotype == best)
     assert n_found == 20
     assert n_evaluations < n_random_evaluations / 2
 
@@ -491,9 +492,9 @@ def allowed(value):
 
 def test_state_round_trip_continues_bit_for_bit(tmp_path):
     def advance(strategy):
-        genotypes = strategy.ask(4)
-        strategy.tell([Trial(g, 100.0 + len(g.canonical) % 7) for g in genotypes])
-        return genotypes
+        proposals = strategy.ask(4)
+        strategy.tell([tiny.trial(p, 100.0 + len(p.genotype.canonical) % 7) for p in proposals])
+        return proposals
 
     settings = {"learning_rate": 0.01, "adam_beta1": 0.9}
     strategy, restored = make(MIXED, MINIMIZE, **settings), make(MIXED, MINIMIZE, **settings)
@@ -542,7 +543,7 @@ def test_bias_and_constant_of_categories_by_hand():
     expected = [value / (2 * high + 3 * low) / 2 for value in (high, high, low, low, low)]
     assert strategy.controller.evaluate(rows)[0].exp().tolist() == pytest.approx(expected, rel=1e-6)
     before = strategy.controller.biases[0].detach().clone()
-    strategy.tell([Trial(Genotype("toy", row), value) for row, value in zip(rows, (0, 0, 1, 0, 0), strict=True)])
+    strategy.tell([tiny.trial(Genotype("toy", row), value) for row, value in zip(rows, (0, 0, 1, 0, 0), strict=True)])
     assert strategy.controller.biases[0][2] > before[2]
     assert make(space).controller.biases is None
     with pytest.raises(

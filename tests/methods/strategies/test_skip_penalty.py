@@ -6,10 +6,11 @@ import random
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from lmnas.core import seeds
-from lmnas.core.contracts import Objective, Trial
+from lmnas.core.contracts import Objective
 from lmnas.core.decisions import Decisions, OneOf, Subset
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.registry import create
@@ -148,13 +149,13 @@ def strategy_of(layers=3, **settings):
 def test_the_loss_has_the_penalty_beside_the_reward():
     """The gradients of an update: those without a penalty plus 0.8 times the mean divergence's."""
     plain, penalised = strategy_of(init_range=1.0), strategy_of(init_range=1.0, subset_penalty=0.8, subset_rate=0.3)
-    genotypes = plain.ask(4)
-    assert genotypes == penalised.ask(4)
+    proposals = plain.ask(4)
+    assert proposals == penalised.ask(4)
     twin = Controller(
         plain.space.decisions, seeds.generator(0, "controller"), hidden=8, temperature=5.0, init_range=1.0
     )
-    twin.evaluate_against([g.choices for g in genotypes], 0.3)[2].mean().backward()
-    trials = [Trial(g, value) for g, value in zip(genotypes, (0.1, 0.9, 0.4, 0.5), strict=True)]
+    twin.evaluate_against([p.genotype.choices for p in proposals], 0.3)[2].mean().backward()
+    trials = [tiny.trial(g, value) for g, value in zip(proposals, (0.1, 0.9, 0.4, 0.5), strict=True)]
     plain.tell(trials)
     penalised.tell(trials)
     total = 0.0
@@ -174,8 +175,8 @@ def test_the_rate_of_skips_moves_to_the_target():
     """With a reward that tells nothing, the policy ends where the penalty wants it: 0.4 of the bits set, from 0.5."""
     strategy = strategy_of(6, subset_penalty=0.8, learning_rate=0.02, tanh_constant=1.5, temperature=None)
     for _ in range(60):
-        strategy.tell([Trial(genotype, 1.0) for genotype in strategy.ask(8)])
-    choices = [genotype.choices for genotype in strategy.ask(500)]
+        strategy.tell([tiny.trial(proposal, 1.0) for proposal in strategy.ask(8)])
+    choices = [proposal.genotype.choices for proposal in strategy.ask(500)]
     bits = [len(row[f"layer_{layer}.skips"]) for row in choices for layer in range(2, 7)]
     assert sum(bits) / (500 * 15) == pytest.approx(0.4, abs=0.03)
     rows = [dict(row) for row in choices[:10]]
@@ -230,7 +231,7 @@ def test_the_published_network_is_near_the_target():
 def test_the_authors_settings_are_settings():
     """Whole controller of the macro search; its fresh policy is nearly uniform: 12 ln 6 + 66 ln 2 = 67 nats."""
     strategy = create("strategy", {"name": "reinforce", **AUTHORS}, ConvMacro(), ACCURACY, 0)
-    strategy.tell([Trial(g, 0.5) for g in strategy.ask(20)])
+    strategy.tell([tiny.trial(p, 0.5) for p in strategy.ask(20)])
     assert strategy.statistics()["entropy"] == pytest.approx(12 * math.log(6) + 66 * math.log(2), abs=0.1)
     assert isinstance(strategy.choice(3), Genotype)
 
@@ -243,8 +244,8 @@ def test_the_authors_settings_of_micro_cells_are_settings():
     strategy = create("strategy", {"name": "reinforce", **AUTHORS, **micro, "locality": None}, space, ACCURACY, 0)
     ops = [
         value
-        for genotype in strategy.ask(100)
-        for name, value in genotype.choices.items()
+        for proposal in strategy.ask(100)
+        for name, value in proposal.genotype.choices.items()
         if isinstance(space.decisions[name].options[0], str)
     ]
     # e^0.44 against 1 for each of the three others
