@@ -17,7 +17,7 @@ import yaml
 from killing import assert_same, child, finished, forked, go, history, incidents, until
 from sqlalchemy.sql.ddl import SchemaGenerator
 
-from lmnas.cli.main import main as cli
+from lmnas.cli import main as cli
 from lmnas.core import files
 from lmnas.core.contracts import Objective
 from lmnas.core.errors import UserError
