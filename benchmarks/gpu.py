@@ -24,12 +24,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from lmnas.core.contracts import Batch, LearnStep
+from lmnas.core.contracts import LearnStep
 from lmnas.core.genotype import load_genotype
 from lmnas.core.seeds import generator, rng
 from lmnas.methods.strategies.gradient import architecture_gradient
@@ -37,6 +37,7 @@ from lmnas.nn.kernels import dispatch, graphs, segment
 from lmnas.runs.jobs import covering_space
 from lmnas.spaces.recurrent.cell import RecurrentCell
 from lmnas.spaces.recurrent.lstm import LSTM
+from lmnas.tasks import language_modeling
 from lmnas.tasks.language_modeling import LanguageModel, ModelSettings
 
 PTB_TOKENS = 929_589
@@ -63,7 +64,6 @@ SIZES = {
     "search-first-order": Size(300, 256, 8),
     "search-second-order": Size(300, 256, 8),
     "retrain": Size(850, 64, 8),
-    "retrain-3-seeds": Size(850, 64, 8),
     "enas-shared": Size(1000, 64, 11),
 }
 
@@ -80,9 +80,9 @@ class Setting:
         self.batches = []
         for _ in range(2):
             tokens = torch.randint(size.vocabulary, (size.bptt + 1, size.batch_size), generator=noise).to(device)
-            self.batches.append(Batch(tokens[:-1], tokens[1:]))
+            state = body.initial_state(size.batch_size)
+            self.batches.append(replace(language_modeling.segment(tokens), state=state))
         self.masks = self.model.draw_masks(self.batches[0], noise)
-        self.carry = self.model.body.initial_state(size.batch_size)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, weight_decay=5e-7)
 
     def update(self) -> None:
@@ -90,7 +90,7 @@ class Setting:
         self.optimizer.step()
 
     def weight_step(self, choice=None) -> None:
-        loss, _ = self.model(self.batches[0], self.carry, self.masks, choice)
+        loss, _ = self.model(self.batches[0], self.masks, choice)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.update()
@@ -108,7 +108,7 @@ def search(order: int) -> Callable:
 
         def loss(number: int) -> Callable:
             def run(weights, mixture):
-                arguments = (setting.batches[number], setting.carry, setting.masks, mixture, False)
+                arguments = (setting.batches[number], setting.masks, mixture, False)
                 return torch.func.functional_call(setting.model, dict(weights), arguments)[0]
 
             return run
@@ -136,25 +136,6 @@ def _cell(size: Size) -> torch.nn.Module:
 
 def retrain(size: Size, device: torch.device) -> Callable[[], None]:
     return Setting(_cell(size), size, device, tar=1e-3, **DROPOUT).weight_step
-
-
-def retrain_many(size: Size, device: torch.device) -> Callable[[], None]:
-    settings = [Setting(_cell(size), size, device, seed, tar=1e-3, **DROPOUT) for seed in range(3)]
-
-    def step() -> None:
-        passes = LanguageModel.forward_many(
-            [s.model for s in settings],
-            [s.batches[0] for s in settings],
-            [s.carry for s in settings],
-            [s.masks for s in settings],
-        )
-        for setting in settings:
-            setting.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward([loss for loss, _ in passes])
-        for setting in settings:
-            setting.update()
-
-    return step
 
 
 def enas_shared(size: Size, device: torch.device) -> Callable[[], None]:
@@ -187,7 +168,6 @@ ROWS: dict[str, Callable] = {
     "search-first-order": search(1),
     "search-second-order": search(2),
     "retrain": retrain,
-    "retrain-3-seeds": retrain_many,
     "enas-shared": enas_shared,
 }
 
@@ -201,10 +181,8 @@ def choose(way: str) -> None:
 
 
 def ways_of(name: str, device: torch.device) -> list[str]:
-    """What can be measured: a CPU records nothing, and three trainings at once have no plain formulation."""
-    left_out = {"reference"} if name == "retrain-3-seeds" else set()
-    if device.type == "cpu":
-        left_out |= {"graphs", "compiled"}
+    """What can be measured: a CPU records nothing."""
+    left_out = {"graphs", "compiled"} if device.type == "cpu" else set()
     return [way for way in WAYS if way not in left_out]
 
 

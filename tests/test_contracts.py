@@ -20,6 +20,7 @@ from lmnas.core.errors import UserError
 from lmnas.core.files import pack, unpack
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
+from lmnas.core.nests import map_tensors
 from lmnas.core.seeds import generator
 from lmnas.nn.train import initialise
 from lmnas.runs.jobs import covering_space
@@ -433,8 +434,8 @@ def test_a_sharing_strategy_steers_by_step(name):
 
 def make_estimator(name, space, task, table=None):
     training = {"epochs": 1, "model": SIZES, "batches": SIZES}
-    training["model"] = {k: v for k, v in SIZES.items() if k in task.Model.__dataclass_fields__}
-    training["batches"] = {k: v for k, v in SIZES.items() if k in task.Batches.__dataclass_fields__}
+    training["model"] = {k: v for k, v in SIZES.items() if k in task.model_settings.__dataclass_fields__}
+    training["batches"] = {k: v for k, v in SIZES.items() if k in task.batch_settings.__dataclass_fields__}
     section = {"name": name, **known("estimator", name, {"training": training, "data": str(table)})}
     return registry.create("estimator", section, space, task, 0, CPU)
 
@@ -478,7 +479,7 @@ def make_model(task):
         space = make_space(space_name)
         if space.kind in task.kinds:
             body = space.build(space.sample(random.Random(0)), H)
-            return initialise(task.model(body, settings_for(task.Model)), 0)
+            return initialise(task.model(body, settings_for(task.model_settings)), 0)
     raise AssertionError(f"no space makes bodies for task {task.name!r}")
 
 
@@ -496,7 +497,7 @@ def test_its_data_are_described(name, text):
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_a_stream_continues_from_its_state(name, text, split):
     task = make_task(name, text)
-    batches = settings_for(task.Batches)
+    batches = settings_for(task.batch_settings)
     stream, restored = task.stream(split, batches, 3), task.stream(split, batches, 3)
     for _ in range(2):
         stream.next()
@@ -504,30 +505,30 @@ def test_a_stream_continues_from_its_state(name, text, split):
     for _ in range(3 * stream.steps_per_epoch):  # over the ends of passes
         first, second = stream.next(), restored.next()
         assert torch.equal(first.inputs, second.inputs) and torch.equal(first.targets, second.targets)
-        assert first.lr_scale == second.lr_scale and stream.epoch == restored.epoch
+        assert first.scale == second.scale and stream.epoch == restored.epoch
     assert stream.epoch >= 2
 
 
 @every_task
 def test_its_model_learns_from_a_batch(name, text):
     task = make_task(name, text)
-    model, batch = make_model(task), task.stream("train", settings_for(task.Batches), 0).next()
+    model, batch = make_model(task), task.stream("train", settings_for(task.batch_settings), 0).next()
     masks = model.draw_masks(batch, generator(0))
-    loss, carry = model(batch, None, masks)
+    loss, state = model(batch, masks)
     assert loss.ndim == 0 and math.isfinite(loss.item())
-    assert not any(part.requires_grad for part in (carry if isinstance(carry, tuple) else (carry,)) if part is not None)
+    map_tensors(lambda part: pytest.fail("the state has a history") if part.requires_grad else part, state)
     before = loss.item()
     loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= 0.1 * parameter.grad
-    assert model(batch, None, masks)[0].item() < before
+    assert model(batch, masks)[0].item() < before
 
 
 @every_task
 def test_evaluation_repeats_and_leaves_the_model_alone(name, text):
     task = make_task(name, text)
-    model, batches, done = make_model(task), settings_for(task.Batches), []
+    model, batches, done = make_model(task), settings_for(task.batch_settings), []
     before = pack(model.state_dict())
     for split in ("valid", "test"):
         first, second = (task.evaluate(model, split, batches, tick=done.append) for _ in range(2))
@@ -535,7 +536,9 @@ def test_evaluation_repeats_and_leaves_the_model_alone(name, text):
         assert task.evaluate(model, split, batches, max_segments=1).n_predictions < first.n_predictions
     assert done and max(done) == pytest.approx(1.0) and all(0 <= fraction <= 1 for fraction in done)
     batch = task.stream("valid", batches, 0).next()
-    assert task.score_batch(model, batch) == task.score_batch(model, Batch(batch.inputs, batch.targets))
+    assert task.score_batch(model, batch) == task.score_batch(
+        model, Batch(batch.inputs, batch.targets, batch.n_targets)
+    )
     assert pack(model.state_dict()) == before
 
 

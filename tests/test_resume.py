@@ -7,6 +7,7 @@ import random
 import resource
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 
 import killing
@@ -23,6 +24,7 @@ from lmnas.core.contracts import Objective
 from lmnas.core.errors import UserError
 from lmnas.core.files import Events, read_events
 from lmnas.core.job import Job, read_result
+from lmnas.core.nests import map_tensors
 from lmnas.nn.train import WeightTraining
 from lmnas.runs import jobs
 from lmnas.runs.directory import Record, Run
@@ -336,11 +338,8 @@ def poison(patch, when):
         start(self, directory, *args, **kwargs)
 
     def poisoned(self, batch, choice=None):
-        if self.stream.carry is not None and when(job, self):
-            carry = self.stream.carry
-            self.stream.carry = (
-                carry * torch.nan if isinstance(carry, torch.Tensor) else (carry[0] * torch.nan, carry[1])
-            )
+        if batch.state is not None and when(job, self):
+            batch = replace(batch, state=map_tensors(lambda part: part * torch.nan, batch.state))
         return update(self, batch, choice)
 
     patch.setattr(Job, "__init__", started)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmnas.core import registry
-from lmnas.core.contracts import Space
+from lmnas.core.contracts import Body, Space
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.seeds import generator, rng
@@ -126,7 +126,7 @@ def score(
     return {name: values[name] for name in chosen}
 
 
-def network(space: Any, genotype: Genotype, protocol: Protocol, vocabulary: int) -> tuple[nn.Module, Tensor]:
+def network(space: Any, genotype: Genotype, protocol: Protocol, vocabulary: int) -> tuple[Body, Tensor]:
     """An untrained recurrent body, stacked where the space can, and its (V, H) embedding."""
     if protocol.inner and hasattr(space, "stack"):
         body = space.stack(genotype, protocol.width, (*protocol.inner, protocol.width))

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lmnas.core.contracts import ImageBody, Model
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype, load_document
 from lmnas.nn.train import n_parameters
@@ -48,8 +49,8 @@ def describe(name: str, width: int | None, vocabulary: int | None, out: Path) ->
     try:
         with torch.device("meta"):
             body = space.build(genotype, width)
-            model: torch.nn.Module | None = None
-            if of_images:
+            model: Model | None = None
+            if isinstance(body, ImageBody):
                 model = ImageClassifier(body, CLASSES, image_classification.ModelSettings(width=width))
             if space.kind in LanguageModeling.kinds:
                 model = LanguageModel(body, vocabulary, ModelSettings(width=width, decoder_bias=bias))

@@ -8,10 +8,10 @@ Shapes: T time, B batch, H hidden width, V vocabulary, E edges of a table, K ope
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lmnas.core.decisions import Decisions
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
+from lmnas.core.nests import Nest, map_tensors
 from lmnas.core.proposal import Cost, Proposal, Trial
 
 Mixture = Mapping[str, Tensor]
@@ -31,8 +32,8 @@ Masks = Mapping[str, Tensor]
 """Dropout masks by name, drawn once per segment, already divided by the keep probability. Empty: no dropout. Masks are
 values, so that two passes can share them (second-order search) and a fused kernel can take them."""
 
-State = Any
-"""A body's carried state: a tensor or a tuple of tensors, the batch on the axis before the last."""
+State = Nest
+"""A body's carried state, the batch on the axis before the last of each tensor; None: none."""
 
 
 @dataclass(frozen=True)
@@ -114,29 +115,77 @@ class Diagram:
     edges: tuple[tuple[str, str, str], ...]
 
 
-@runtime_checkable
-class Body(Protocol):
-    """The searched part of a model (an `nn.Module`). Recurrent kind: (T, B, H) -> (T, B, H).
+class Body(nn.Module, ABC):
+    """The searched part of a model: (T, B, H) -> (T, B, F), F = `n_features`, or what its space says.
 
-    Image kind: (B, 3, S, S) -> (B, F), F its `n_features`; the state is None. `maps(inputs, masks, choice)` gives the
-    features and what an auxiliary head reads, (B, `auxiliary_channels`, S', S'). Batch norms keep running statistics in
-    stand-alone bodies (`train()` and `eval()` are the task's to call) and take batch statistics always in supernets.
+    Batch norms keep running statistics in stand-alone bodies (`train()` and `eval()` are the task's to call) and take
+    batch statistics always in supernets. A body of padded sequences has a further argument `lengths` (B,).
+
+    Attributes:
+        width: H, features of the inputs.
+        n_features: F, features of the outputs; the width by default.
+        batch_normed: a norm over the batch couples its sequences.
     """
 
-    width: int
+    batch_normed: bool = False
 
-    def initial_state(self, batch_size: int) -> State: ...
-    def initialise(self, generator: torch.Generator, init_range: float) -> None: ...
+    def __init__(self, width: int, n_features: int | None = None):
+        super().__init__()
+        self.width = width
+        self.n_features = width if n_features is None else n_features
+
+    @abstractmethod
+    def initialise(self, generator: torch.Generator, init_range: float) -> None:
+        """Fill all weights; `init_range` is for uniform ones, as the task's own are."""
+
+    def initial_state(self, batch_size: int) -> State:
+        """The state before the first segment; None: nothing is carried."""
+        return None
+
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
         """Dropout masks for one segment; `rates` are a task's, by name (`x`, `hidden`, `weight`; `path` for images)."""
-        ...
+        return {}
 
-    def __call__(self, inputs: Tensor, state: State, masks: Masks, choice: Choice = None) -> tuple[Tensor, State]: ...
+    @abstractmethod
+    def forward(self, inputs: Any, state: State, masks: Masks, choice: Choice = None) -> tuple[Any, State]:
+        """Outputs, and the state after them."""
+
+    def stacked(self) -> Sequence[nn.Module]:
+        """Layers in order; a body that is no stack is its only one."""
+        return (self,)
+
+    def hidden(self, state: State) -> list[Tensor]:
+        """Per layer (B, H): the part of a state that was the layer's output; empty where the body does not say."""
+        return [state] if isinstance(state, Tensor) and state.ndim == 2 else []
+
+    def salient(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """(weight, gradient) of the matrices that synaptic saliency sums: all that have one."""
+        for parameter in self.parameters():
+            if parameter.ndim >= 2 and parameter.grad is not None:
+                yield parameter.detach(), parameter.grad
 
 
-class Supernet(Body, Protocol):
+class ImageBody(Body):
+    """A body of images: (B, 3, S, S) -> (B, F).
+
+    Attributes:
+        auxiliary_channels: channels of the map that an auxiliary head reads.
+    """
+
+    auxiliary_channels: int
+
+    @abstractmethod
+    def maps(self, inputs: Tensor, masks: Masks, choice: Choice = None) -> tuple[Tensor, Tensor]:
+        """(B, F) features, and the map (B, `auxiliary_channels`, S', S') that an auxiliary head reads."""
+
+    def forward(self, inputs: Tensor, state: None, masks: Masks, choice: Choice = None) -> tuple[Tensor, None]:
+        return self.maps(inputs, masks, choice)[0], None
+
+
+class Supernet(Body):
     """A body that holds the weights of every architecture of its space."""
 
+    @abstractmethod
     def inherit(self, genotype: Genotype) -> dict[str, Tensor]:
         """The `state_dict` that `build(genotype)` takes to give this supernet's output on path `genotype` (in training
         mode, where it has batch norms).
@@ -144,7 +193,10 @@ class Supernet(Body, Protocol):
         Where architectures differ in their number of features, the supernet has zeros at those that a path lacks, and
         `columns(genotype)` are the others.
         """
-        ...
+
+    def columns(self, genotype: Genotype) -> Sequence[int]:
+        """The features that path `genotype` has, in its order; all by default."""
+        return range(self.n_features)
 
 
 class Space(Protocol):
@@ -168,8 +220,8 @@ class Space(Protocol):
         """Raise UserError where `genotype` is not one of this space."""
         ...
 
-    def build(self, genotype: Genotype, width: int) -> nn.Module: ...
-    def supernet(self, width: int) -> nn.Module: ...
+    def build(self, genotype: Genotype, width: int) -> Body: ...
+    def supernet(self, width: int) -> Supernet: ...
     def tables(self) -> tuple[EdgeTable, ...]:
         """The relaxation; empty where the space has none."""
         ...
@@ -304,98 +356,177 @@ class Estimator(ABC):
 # ----------------------------------------------------------------------------------------------------------- tasks
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
     """One step's data.
 
     Attributes:
-        lr_scale: multiplies the learning rate for this step (segment length over its base).
-        progress: share of the training's epochs that are over, 0 in the first; the training sets it. A rate that grows
-            with time (drop-path) is a function of it.
+        inputs, targets: of the form that the task's model takes.
+        n_targets: predictions that count, padding left out; losses are means over them.
+        lengths: (B,) real positions of each padded sequence.
+        scale: multiplies the learning rate for this step (segment length over its base).
+        state: the model's state before the batch, put in by its stream; None: the initial one.
     """
 
-    inputs: Tensor
-    targets: Tensor
-    lr_scale: float = 1.0
-    progress: float = 0.0
+    inputs: Nest
+    targets: Nest
+    n_targets: int
+    lengths: Tensor | None = None
+    scale: float = 1.0
+    state: State = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device)
+
+        parts = ("inputs", "targets", "lengths", "state")
+        return replace(self, **{name: map_tensors(move, self.__dict__[name]) for name in parts})
 
 
-class Stream(Protocol):
-    """Training batches in order, with a cursor that can be saved. `carry` is the model state carried between them."""
+class Loss(NamedTuple):
+    """Mean loss over a batch's `n_targets`, and the state to carry on, detached."""
 
-    carry: State
+    value: Tensor
+    state: State = None
+
+
+class Stream(ABC):
+    """Training batches in order, with a cursor that can be saved.
+
+    Attributes:
+        epoch: passes finished; grows by one when `next` returns the last batch of a pass.
+        steps_per_epoch: about how many steps one pass takes, for progress.
+    """
+
     epoch: int
-    """Passes finished. Grows by one when `next` returns the last batch of a pass."""
-    steps_per_epoch: int
-    """About how many steps one pass takes, for progress."""
 
-    def next(self) -> Batch: ...
+    @property
+    @abstractmethod
+    def steps_per_epoch(self) -> int: ...
+
+    @abstractmethod
+    def next(self) -> Batch:
+        """The next batch, with the carried state in it."""
+
+    def keep(self, state: State) -> None:
+        """Take back the state after the last batch, for the next one; None: begin anew. Default: nothing is carried."""
+        return
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]: ...
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Model(Protocol):
-    """A body with its task's head (an `nn.Module`); calling it gives the loss of one batch.
+Role = Literal["matrix", "embedding", "gain"]
+"""What a parameter is: a matrix of the body; an embedding or a head; a gain or a bias (one axis)."""
 
-    A class may have `forward_many(models, batches, carries, masks)`, the results of calling each of several models of
-    one size, for `train.fit_many`; and a body's class `forward_many(bodies, inputs, states, masks)`, with inputs and
-    outputs of (S, T, B, H) for S bodies whose state is their last output. Others run one after the other.
 
-    A model is in train mode but while its task evaluates it. `training_only` is a part, where it has one, that a user
-    of the trained model never runs (an auxiliary head): its parameters are not counted.
+class Model(nn.Module, ABC):
+    """A body with its task's head; calling it gives the loss of one batch.
+
+    It is in train mode but while its task evaluates it.
+
+    Attributes:
+        body: the searched part.
+        training_only: a part that a user of the trained model never runs (an auxiliary head); its parameters are not
+            counted.
     """
 
+    body: Body
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training_only: nn.Module | None = None
+
+    @abstractmethod
     def initialise(self, generator: torch.Generator) -> None: ...
-    def draw_masks(self, batch: Batch, generator: torch.Generator) -> Masks: ...
-    def __call__(
-        self, batch: Batch, carry: State, masks: Masks, choice: Choice = None, penalised: bool = True
-    ) -> tuple[Tensor, State]:
-        """The mean loss (with the model's penalties if asked) and the state to carry on, detached."""
-        ...
+
+    def draw_masks(self, batch: Batch, generator: torch.Generator, progress: float = 0.0) -> Masks:
+        """Dropout masks of one step; `progress` is the share of the training that is done."""
+        return {}
+
+    @abstractmethod
+    def forward(self, batch: Batch, masks: Masks, choice: Choice = None, penalised: bool = True) -> Loss:
+        """The loss of a batch, with the model's penalties if asked."""
+
+    def roles(self) -> dict[str, Role]:
+        """Role of every parameter by name: with one axis a gain; in the body a matrix, unless a table of embeddings;
+        elsewhere an embedding or a head."""
+        tables = {id(module.weight) for module in self.modules() if isinstance(module, nn.Embedding)}
+
+        def role(name: str, parameter: Tensor) -> Role:
+            if parameter.ndim < 2:
+                return "gain"
+            return "matrix" if name.startswith("body.") and id(parameter) not in tables else "embedding"
+
+        return {name: role(name, parameter) for name, parameter in self.named_parameters()}
 
 
-class Task(Protocol):
+class SoftmaxModel(Model):
+    """A model that ends in one softmax layer over all of a batch's targets: its curvature can be had."""
+
+    def embedded(self, batch: Batch, masks: Masks) -> Tensor:
+        """The body's input."""
+        return batch.inputs
+
+    @abstractmethod
+    def features(self, batch: Batch, choice: Choice = None) -> Tensor:
+        """(N, H), the softmax layer's input without dropout, in the order of the flattened targets."""
+
+    @abstractmethod
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, H) and bias (V,) of the softmax layer."""
+
+
+class Task(ABC):
     """Data, head, loss and metric. Its `__init__` takes the recipe's settings by keyword.
 
-    A task wraps a searched body; `Model` and `Batches` are dataclasses of settings that recipes fill in. A task whose
-    batches differ in size may have `largest_batch(settings) -> Batch`, from which forecasts of memory are made; without
-    it they take the first one.
+    A task wraps a searched body; recipes fill in the dataclasses of settings `model_settings` and `batch_settings`.
     """
 
     name: str
     kinds: frozenset[str]
     """The kinds of body it can wrap."""
     objective: Objective
-    Model: type
-    Batches: type
+    model_settings: type
+    batch_settings: type
 
+    @abstractmethod
     def data(self) -> dict[str, Any]:
         """Name, fingerprint, sizes: what every result carries."""
-        ...
 
-    def model(self, body: nn.Module, settings: Any) -> nn.Module: ...
+    @abstractmethod
+    def model(self, body: Any, settings: Any) -> Model:
+        """The model around a body that the task takes."""
+
+    @abstractmethod
     def stream(self, split: str, settings: Any, seed: int) -> Stream: ...
-    def score_batch(self, model: nn.Module, batch: Batch, choice: Choice = None) -> Score:
-        """The metric on one batch, without dropout: a reward."""
-        ...
 
+    def largest_batch(self, settings: Any) -> Batch:
+        """The largest training batch, from which memory is forecast: the first by default."""
+        return self.stream("train", settings, 0).next()
+
+    @abstractmethod
+    def score_batch(self, model: Model, batch: Batch, choice: Choice = None) -> Score:
+        """The metric on one batch from the initial state, without dropout: a reward."""
+
+    @abstractmethod
     def evaluate(
         self,
-        model: nn.Module,
+        model: Model,
         split: str,
         settings: Any,
         choice: Choice = None,
         tick: Callable[[float], None] | None = None,
         max_segments: int | None = None,
-    ) -> Score: ...
+    ) -> Score:
+        """The metric over a whole split, or the first `max_segments` batches; `tick` is told the fraction done."""
 
-    def score_text(self, model: nn.Module, text: str) -> Score:
+    @abstractmethod
+    def score_text(self, model: Model, text: str) -> Score:
         """The metric on new raw data, for users of a trained model: a text, or the path of a folder of images."""
-        ...
 
+    @abstractmethod
     def save_assets(self, directory: Path) -> None:
         """What a user of the trained model needs beside its weights (a vocabulary, label names)."""
-        ...

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmnas.core.contracts import Batch, Choice, Space, Task
+from lmnas.core.contracts import Batch, Choice, Model, Space
 from lmnas.nn.kernels import DEFAULT_CHUNK, Decided, planning
 
 LIBRARIES = 64 * 2**20
@@ -66,7 +66,7 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def kept_bytes(model: nn.Module, batch: Batch, choice: Choice, kernel: Decided) -> tuple[int, int]:
+def kept_bytes(model: Model, batch: Batch, choice: Choice, kernel: Decided) -> tuple[int, int]:
     """Bytes that autograd holds between forward and backward of one batch.
 
     Args:
@@ -76,7 +76,7 @@ def kept_bytes(model: nn.Module, batch: Batch, choice: Choice, kernel: Decided) 
         Those of everything but the model's weights, and those of the weights that took part.
     """
     batch = batch.to("meta")
-    masks = model.draw_masks(batch, torch.Generator().manual_seed(0))  # type: ignore[operator]
+    masks = model.draw_masks(batch, torch.Generator().manual_seed(0))
     held: dict[int, Any] = {}
 
     def hold(tensor: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def kept_bytes(model: nn.Module, batch: Batch, choice: Choice, kernel: Decided) 
         return tensor
 
     with planning(kernel), torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        loss, _ = model(batch, None, masks, choice)
+        loss, _ = model(batch, masks, choice)
     del loss
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     used = sum(storage.nbytes() for address, storage in held.items() if address in own)
@@ -93,7 +93,7 @@ def kept_bytes(model: nn.Module, batch: Batch, choice: Choice, kernel: Decided) 
 
 
 def step_forecast(
-    model: nn.Module,
+    model: Model,
     batch: Batch,
     choice: Choice,
     kernel: Decided,
@@ -143,21 +143,14 @@ def example_choice(space: Space, mixture: bool, rng: Any) -> Choice:
     }
 
 
-def largest_batch(task: Task, split: str, settings: Any) -> Batch:
-    """The largest training batch: what the task says (`largest_batch`), else its first."""
-    if hasattr(task, "largest_batch"):
-        return task.largest_batch(settings)
-    return task.stream(split, settings, 0).next()
-
-
-def forward_flops(model: nn.Module, batch: Batch, choice: Choice) -> float:
+def forward_flops(model: Model, batch: Batch, choice: Choice) -> float:
     """Floating-point operations of all products of one batch, forward; backward takes twice as many.
 
     Args:
         model, choice: on `meta`.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad(), planning("reference"):
-        model(batch.to("meta"), None, {}, choice, penalised=False)
+        model(batch.to("meta"), {}, choice, penalised=False)
     return float(counter.get_total_flops())
 
 

@@ -9,11 +9,9 @@ Departures from the DARTS code: the averages are a running mean beside the weigh
 lags a step behind as in torch's ASGD; NaN alone triggers recovery, not any exception.
 """
 
-import functools
 import math
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -21,12 +19,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
-from lmnas.core.contracts import Batch, Choice, Objective, State, Task
-from lmnas.core.errors import Diverged, Interrupted
+from lmnas.core.contracts import Batch, Choice, Loss, Model, Objective, Task
+from lmnas.core.errors import Diverged
 from lmnas.core.files import to_device, write_atomic
 from lmnas.core.job import Job
 from lmnas.core.registry import STRICT, checked, settings_model
 from lmnas.core.seeds import generator
+
+M = TypeVar("M", bound=Model)
 
 MAX_RECOVERIES = 3
 """How often training goes back to its last good state, with fresh noise, before it counts as diverged."""
@@ -106,10 +106,10 @@ class Training:
     """Optimiser steps between checkpoints; there is one after every epoch as well."""
 
     def model_settings(self, task: Task, where: str = "training.model") -> Any:
-        return task.Model(**checked(settings_model(task.Model), self.model, where))
+        return task.model_settings(**checked(settings_model(task.model_settings), self.model, where))
 
     def batch_settings(self, task: Task, where: str = "training.batches") -> Any:
-        return task.Batches(**checked(settings_model(task.Batches), self.batches, where))
+        return task.batch_settings(**checked(settings_model(task.batch_settings), self.batches, where))
 
 
 class NotFinite(Exception):
@@ -123,7 +123,7 @@ class WeightTraining:
     checkpoint.
     """
 
-    def __init__(self, model: nn.Module, task: Task, training: Training, seed: int, device: torch.device):
+    def __init__(self, model: Model, task: Task, training: Training, seed: int, device: torch.device):
         self.model = model
         self.settings = training.optimizer
         self.epochs = training.epochs
@@ -163,17 +163,22 @@ class WeightTraining:
             0, self.stream.epoch - self.settings.decay_from + 1
         )
 
+    @property
+    def progress(self) -> float:
+        """Share of the training's epochs that are over, 0 in the first."""
+        return self.epoch / self.epochs
+
     def draw(self) -> Batch:
         """The next batch, on the device; the model is set to train on it (batch norm: by batch statistics)."""
         if not self.model.training:
             self.model.train()
         self.epoch = self.stream.epoch
-        return replace(self.stream.next().to(self.device), progress=self.epoch / self.epochs)
+        return self.stream.next().to(self.device)
 
     def masks(self, purpose: str, batch: Batch) -> Any:
         """This step's dropout masks for one purpose."""
         noise = generator(self.seed, "masks", purpose, self.salt, self.steps)
-        return self.model.draw_masks(batch, noise)  # type: ignore[operator]
+        return self.model.draw_masks(batch, noise, self.progress)
 
     def update(self, batch: Batch, choice: Choice = None) -> float:
         """One optimiser step on `batch`.
@@ -184,23 +189,23 @@ class WeightTraining:
         Raises:
             NotFinite: loss or gradient is not finite; weights are as before.
         """
-        loss, carry = self.model(batch, self.stream.carry, self.masks("weights", batch), choice)
+        loss: Loss = self.model(batch, self.masks("weights", batch), choice)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        return self.apply(batch, loss, carry)
+        loss.value.backward()
+        return self.apply(batch, loss)
 
-    def apply(self, batch: Batch, loss: Tensor, carry: State) -> float:
+    def apply(self, batch: Batch, loss: Loss) -> float:
         """The optimiser's step, once the gradients of `loss` are there; the rest is as in `update`."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf, foreach=True)
-        value, norm_value = torch.stack([loss.detach(), norm.to(loss.dtype)]).tolist()
+        value, norm_value = torch.stack([loss.value.detach(), norm.to(loss.value.dtype)]).tolist()
         if not (math.isfinite(value) and math.isfinite(norm_value)):
             raise NotFinite(f"{'loss' if not math.isfinite(value) else 'gradient norm'} is not finite")
-        rate = self.learning_rate * batch.lr_scale
+        rate = self.learning_rate * batch.scale
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.step_size = rate * min(1.0, (self.settings.clip or math.inf) / (norm_value + 1e-6))
         self.optimizer.step()
-        self.stream.carry = carry
+        self.stream.keep(loss.state)
         self.steps += 1
         return value
 
@@ -214,7 +219,7 @@ class WeightTraining:
 
     def skip(self) -> None:
         """Leave the drawn batch out; the next one starts from the initial state."""
-        self.stream.carry = None
+        self.stream.keep(None)
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,7 +284,11 @@ def should_average(history: list[float], value: float, settings: Optimizer, obje
     return objective.key(value) > min(objective.key(v) for v in earlier)
 
 
-def averaged_model(model: nn.Module) -> AveragedModel:
+class Average(AveragedModel):
+    module: Model
+
+
+def averaged_model(model: Model) -> Average:
     """The running mean of a model's weights, and of its buffers: a batch norm's statistics are averaged as the weights
     are, which stands for measuring them anew (Izmailov et al., 2018, arXiv 1803.05407, section 3.3); counts are taken
     over."""
@@ -292,24 +301,24 @@ def averaged_model(model: nn.Module) -> AveragedModel:
             for old, new in zip(averaged, current, strict=True):
                 old.copy_(new)
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    return Average(model, multi_avg_fn=update, use_buffers=True)
 
 
-def initialise(model: nn.Module, seed: int) -> nn.Module:
+def initialise(model: M, seed: int) -> M:
     """Fill a model's weights from the run's seed."""
-    model.initialise(generator(seed, "init"))  # type: ignore[operator]
+    model.initialise(generator(seed, "init"))
     return model
 
 
 def n_parameters(model: nn.Module) -> int:
-    """Parameters of the model that its user runs."""
-    unused = getattr(model, "training_only", None)
+    """Parameters of a model that its user runs, or of a body."""
+    unused = model.training_only if isinstance(model, Model) else None
     left_out = sum(parameter.numel() for parameter in unused.parameters()) if unused is not None else 0
     return sum(parameter.numel() for parameter in model.parameters()) - left_out
 
 
 def fit(
-    model: nn.Module,
+    model: Model,
     task: Task,
     training: Training,
     seed: int,
@@ -329,112 +338,9 @@ def fit(
         Diverged: not finite again and again.
         Interrupted: a stop was asked for; the state is saved.
     """
-    steps = _fit(model, task, training, seed, job, device, purpose)
-    try:
-        weights, batch = next(steps)
-        while True:
-            try:
-                value = weights.update(batch)
-            except NotFinite as problem:
-                weights, batch = steps.throw(problem)
-            else:
-                weights, batch = steps.send(value)
-    except StopIteration as finished:
-        return finished.value
-
-
-Steps = Generator[tuple[WeightTraining, Batch], float, dict[str, Any]]
-"""A training that asks for its weights' updates: it yields a batch and is sent the loss, or thrown NotFinite."""
-
-
-def fit_many(
-    models: Sequence[nn.Module],
-    task: Task,
-    training: Training,
-    seeds: Sequence[int],
-    jobs: Sequence[Job],
-    device: torch.device,
-    purpose: str = "training",
-) -> list[dict[str, Any] | Diverged]:
-    """`fit` of several models of one size, each with its own seed and job, their updates made at once.
-
-    Everything but the forward and backward pass of an update is each training's own, as in `fit`: batches, masks,
-    clipping, rate, averaging, validation, checkpoints, recoveries. Values differ from `fit`'s by rounding alone, as a
-    batched product may sum in another order; a job that `fit` began can be continued here, and the other way round.
-    Once a training ends the others go on without it. `tokens_per_second` counts one training's tokens.
-
-    Returns:
-        For each model what `fit` returns, or the `Diverged` that it would raise.
-
-    Raises:
-        Interrupted: a stop was asked of a job; every training that heard of it has saved its state.
-    """
-    fits = [
-        _fit(model, task, training, seed, job, device, purpose)
-        for model, seed, job in zip(models, seeds, jobs, strict=True)
-    ]
-    due: dict[int, tuple[WeightTraining, Batch]] = {}
-    results: dict[int, dict[str, Any] | Diverged] = {}
-    interrupted: Interrupted | None = None
-
-    def advance(number: int, step: Callable[[], tuple[WeightTraining, Batch]]) -> None:
-        nonlocal interrupted
-        try:
-            due[number] = step()
-        except StopIteration as finished:
-            results[number] = finished.value
-        except Diverged as failure:
-            results[number] = failure
-        except Interrupted as stop:
-            interrupted = stop
-
-    for number, steps in enumerate(fits):
-        advance(number, functools.partial(next, steps))
-    while due:
-        asked = dict(due)
-        due.clear()
-        for number, outcome in zip(asked, _update_many(list(asked.values())), strict=True):
-            steps = fits[number]
-            if isinstance(outcome, NotFinite):
-                advance(number, functools.partial(steps.throw, outcome))
-            else:
-                advance(number, functools.partial(steps.send, outcome))
-    if interrupted is not None:
-        raise interrupted
-    return [results[number] for number in range(len(fits))]
-
-
-def _update_many(due: Sequence[tuple[WeightTraining, Batch]]) -> list[float | NotFinite]:
-    """`WeightTraining.update` of several trainings: their losses, or why there was no update."""
-    together = getattr(type(due[0][0].model), "forward_many", None)
-    if together is None or len(due) == 1:
-        return [_outcome(weights.update, batch) for weights, batch in due]
-    passes = together(
-        [weights.model for weights, _ in due],
-        [batch for _, batch in due],
-        [weights.stream.carry for weights, _ in due],
-        [weights.masks("weights", batch) for weights, batch in due],
-    )
-    for weights, _ in due:
-        weights.optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward([loss for loss, _ in passes])
-    return [_outcome(weights.apply, batch, *given) for (weights, batch), given in zip(due, passes, strict=True)]
-
-
-def _outcome(update: Callable[..., float], *arguments: Any) -> float | NotFinite:
-    try:
-        return update(*arguments)
-    except NotFinite as problem:
-        return problem
-
-
-def _fit(
-    model: nn.Module, task: Task, training: Training, seed: int, job: Job, device: torch.device, purpose: str
-) -> Steps:
-    """The loop of `fit`; whoever drives it makes the updates."""
     batches = training.batch_settings(task)
     weights = WeightTraining(model, task, training, seed, device)
-    averaged: AveragedModel | None = None
+    averaged: Average | None = None
     history: list[float] = []
     best: dict[str, Any] = {}
     loss_mean = Mean()
@@ -475,11 +381,11 @@ def _fit(
         try:
             began = job.seconds
             batch = weights.draw()
-            loss_mean.add((yield weights, batch))
+            loss_mean.add(weights.update(batch))
             if averaged:
                 averaged.update_parameters(model)
             train_seconds += job.seconds - began
-            n_targets += batch.targets.numel()
+            n_targets += batch.n_targets
             ended = weights.stream.epoch > epoch
             if ended:
                 score = task.evaluate(averaged.module if averaged else model, "valid", batches)

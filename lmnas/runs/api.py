@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 
 from lmnas.runs.recipe import Recipe, load_recipe
 from lmnas.runs.experiment import Experiment
@@ -15,7 +14,7 @@ from lmnas.runs.jobs import load_model, open_device, open_task
 from lmnas.runs.plan import plan
 from lmnas.runs.checks import preflight
 from lmnas.runs.progress import Display
-from lmnas.core.contracts import Task
+from lmnas.core.contracts import Model, Task
 from lmnas.runs.directory import Run
 
 
@@ -23,7 +22,7 @@ from lmnas.runs.directory import Run
 class TrainedModel:
     """A trained model with the task it belongs to."""
 
-    module: nn.Module
+    module: Model
     genotype: Genotype
     task: Task
 

@@ -28,7 +28,7 @@ from lmnas.core.files import PREPARED, digest
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job, read_result, read_spec
 from lmnas.runs.kernel_choice import read_pin
-from lmnas.core.contracts import Estimator, Proposal, Score, Space, Strategy, Task
+from lmnas.core.contracts import Estimator, Model, Proposal, Score, Space, Strategy, Task
 from lmnas.nn.sparsity.training import OUTER, Sparsity, layout, sparsify
 from lmnas.nn.train import Training, fit, initialise, n_parameters, save_weights
 
@@ -106,7 +106,7 @@ def build_model(
     training: Training,
     where: str = "training.model",
     space: Space | None = None,
-) -> torch.nn.Module:
+) -> Model:
     """A model around the body that `space` builds; default: a space that covers the genotype."""
     settings = training.model_settings(task, where)
     return task.model((space or covering_space(genotype)).build(genotype, settings.width), settings)
@@ -295,7 +295,7 @@ def smaller_genotype(genotype: Genotype, kept: dict[str, list[int]]) -> tuple[Ge
     return Genotype("recurrent-layers", {"cell": cell, "layers": layers, **units}), width
 
 
-def load_model(recipe: Recipe, task: Task, spec: dict[str, Any], weights: Path) -> torch.nn.Module:
+def load_model(recipe: Recipe, task: Task, spec: dict[str, Any], weights: Path) -> Model:
     """A trained model from its weights and the spec of the job that fitted it.
 
     Raises:

@@ -23,7 +23,6 @@ from lmnas.nn.cost import (
     available,
     example_choice,
     forward_flops,
-    largest_batch,
     on_meta,
     step_forecast,
     training_bytes,
@@ -32,7 +31,7 @@ from lmnas.runs.jobs import build_model, open_device, open_space, open_strategy,
 from lmnas.nn.kernels import DEFAULT_CHUNK, Decided, decide, unavailable
 from lmnas.runs.kernel_choice import Pin, read_pin
 from lmnas.runs.checks import given_genotype
-from lmnas.core.contracts import Batch, Choice, SharingStrategy, Space, Task
+from lmnas.core.contracts import Batch, Choice, Model, SharingStrategy, Space, Task
 from lmnas.core.seeds import rng
 from lmnas.nn.train import Training
 
@@ -93,7 +92,7 @@ class _Example:
 
     where: str
     training: Training
-    model: torch.nn.Module
+    model: Model
     batch: Batch
     choice: Choice
 
@@ -104,7 +103,7 @@ def _examples(recipe: Recipe, task: Task, space: Space) -> Iterator[_Example]:
     body_space = space_for(recipe, genotype)
 
     def stand_alone(where: str, training: Training) -> _Example:
-        batch = largest_batch(task, "train", training.batch_settings(task))
+        batch = task.largest_batch(training.batch_settings(task))
         return _Example(
             where, training, on_meta(lambda: build_model(task, genotype, training, space=body_space)), batch, None
         )
@@ -127,7 +126,7 @@ def _examples(recipe: Recipe, task: Task, space: Space) -> Iterator[_Example]:
         sizes.append({"batch_size": settings["valid_batch_size"]})
     for changed in sizes:
         batches = replace(training, batches={**training.batches, **changed}).batch_settings(task)
-        yield _Example(where, training, model, largest_batch(task, "train", batches), choice)
+        yield _Example(where, training, model, task.largest_batch(batches), choice)
 
 
 def seconds_of_work(recipe: Recipe) -> float:

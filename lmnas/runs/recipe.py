@@ -262,7 +262,7 @@ def check(recipe: Recipe) -> None:
     for name, baseline in recipe.baselines.items():
         _check_name(name, "baselines")
         settings = {**recipe.train.training.model, **baseline.model}
-        checked(settings_model(task.Model), settings, f"baselines.{name}.model")
+        checked(settings_model(task.model_settings), settings, f"baselines.{name}.model")
         if name == "searched":
             raise UserError("baselines.searched: this name belongs to the searched model; choose another")
         if baseline.match_parameters and "width" in baseline.model:

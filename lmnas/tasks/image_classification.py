@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Batch, Choice, Masks, Objective, Score, State
+from lmnas.core.contracts import Batch, Choice, ImageBody, Loss, Masks, Model, Objective, Score, Stream, Task
 from lmnas.core.errors import UserError
 from lmnas.core.files import write_json
 from lmnas.core.seeds import generator
@@ -117,54 +117,52 @@ def _initialise_linear(layer: nn.Linear, generator: torch.Generator) -> None:
     nn.init.zeros_(layer.bias)
 
 
-class ImageClassifier(nn.Module):
+class ImageClassifier(Model):
     """A body with a linear layer on its features. Calling it gives the loss of one batch."""
 
-    def __init__(self, body: nn.Module, n_classes: int, settings: ModelSettings):
+    body: ImageBody
+    training_only: AuxiliaryHead | None
+
+    def __init__(self, body: ImageBody, n_classes: int, settings: ModelSettings):
         super().__init__()
         self.settings = settings
         self.body = body
-        self.n_features: int = body.n_features  # type: ignore[assignment]
-        self.classifier = nn.Linear(self.n_features, n_classes)
-        self.training_only: AuxiliaryHead | None = None
+        self.classifier = nn.Linear(body.n_features, n_classes)
         if settings.auxiliary > 0:
-            self.training_only = AuxiliaryHead(body.auxiliary_channels, n_classes)  # type: ignore[arg-type]
+            self.training_only = AuxiliaryHead(body.auxiliary_channels, n_classes)
 
     def initialise(self, generator: torch.Generator) -> None:
         # the range is for bodies of embeddings
-        self.body.initialise(generator, 1 / math.sqrt(self.n_features))  # type: ignore[operator]
+        self.body.initialise(generator, 1 / math.sqrt(self.body.n_features))
         _initialise_linear(self.classifier, generator)
         if self.training_only is not None:
             self.training_only.initialise(generator)
 
-    def draw_masks(self, batch: Batch, generator: torch.Generator) -> Masks:
+    def draw_masks(self, batch: Batch, generator: torch.Generator, progress: float = 0.0) -> Masks:
         """`features` (B, F) before the classifier, and the body's own, whose rate grows with the training."""
-        s, masks = self.settings, {}
-        batch_size = len(batch.inputs)
+        s, masks = self.settings, dict[str, Tensor]()
+        batch_size, n_features = len(batch.inputs), self.body.n_features
         if s.dropout > 0:
-            masks["features"] = draw_mask((batch_size, self.n_features), s.dropout, generator, self.classifier.weight)
-        rates = {"path": s.drop_path * batch.progress}
-        return masks | self.body.draw_masks(batch_size, rates, generator)  # type: ignore[operator]
+            masks["features"] = draw_mask((batch_size, n_features), s.dropout, generator, self.classifier.weight)
+        rates = {"path": s.drop_path * progress}
+        return masks | dict(self.body.draw_masks(batch_size, rates, generator))
 
-    def forward(
-        self, batch: Batch, carry: State, masks: Masks, choice: Choice = None, penalised: bool = True
-    ) -> tuple[Tensor, State]:
+    def forward(self, batch: Batch, masks: Masks, choice: Choice = None, penalised: bool = True) -> Loss:
         """Mean cross-entropy of an image in nats, with label smoothing and the auxiliary head's if `penalised`.
 
         Args:
             batch: inputs (B, 3, S, S), targets (B,).
-            carry: None; images have no state.
         """
         s = self.settings
         if not penalised:
-            return F.cross_entropy(self.logits(batch.inputs, masks, choice), batch.targets), None
+            return Loss(F.cross_entropy(self.logits(batch.inputs, masks, choice), batch.targets))
         if self.training_only is None:
             logits = self.logits(batch.inputs, masks, choice)
-            return F.cross_entropy(logits, batch.targets, label_smoothing=s.label_smoothing), None
-        features, maps = self.body.maps(batch.inputs, masks, choice)  # type: ignore[operator]
+            return Loss(F.cross_entropy(logits, batch.targets, label_smoothing=s.label_smoothing))
+        features, maps = self.body.maps(batch.inputs, masks, choice)
         loss = F.cross_entropy(self._classified(features, masks), batch.targets, label_smoothing=s.label_smoothing)
         further = F.cross_entropy(self.training_only(maps), batch.targets, label_smoothing=s.label_smoothing)
-        return loss + s.auxiliary * further, None
+        return Loss(loss + s.auxiliary * further)
 
     def logits(self, inputs: Tensor, masks: Masks, choice: Choice = None) -> Tensor:
         """(B, 3, S, S) -> (B, K)."""
@@ -218,7 +216,7 @@ def augment(images: Tensor, mean: Tensor, std: Tensor, settings: BatchSettings, 
     return normalise(taken, mean, std) * kept[:, None]
 
 
-class ImageStream:
+class ImageStream(Stream):
     """Batches in an order drawn anew for every pass; the training stream of `Task`.
 
     Order and augmentation are drawn from generators of their own for every pass and batch, so that the cursor is all
@@ -242,7 +240,6 @@ class ImageStream:
         self.settings, self.seed, self.purpose, self.augmented = settings, seed, purpose, augmented
         self.position = 0
         self.epoch = 0
-        self.carry: State = None
         self._order: tuple[int, Tensor] | None = None
 
     @property
@@ -269,7 +266,7 @@ class ImageStream:
         if self.position == self.steps_per_epoch:
             self.position = 0
             self.epoch += 1
-        return Batch(inputs, targets)
+        return Batch(inputs, targets, len(targets))
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, "epoch": self.epoch}
@@ -278,13 +275,13 @@ class ImageStream:
         self.position, self.epoch = state["position"], state["epoch"]
 
 
-class ImageClassification:
+class ImageClassification(Task):
     """The task: labelled images, the model above, the share of wrong labels in percent."""
 
     name = "image-classification"
     kinds = frozenset({"image"})
-    Model = ModelSettings
-    Batches = BatchSettings
+    model_settings = ModelSettings
+    batch_settings = BatchSettings
 
     def __init__(self, *, data: str = "shapes", valid: Count | None = None, classes: Count | None = None):
         """
@@ -300,7 +297,7 @@ class ImageClassification:
     def data(self) -> dict[str, Any]:
         return self.images.info()
 
-    def model(self, body: nn.Module, settings: ModelSettings) -> ImageClassifier:
+    def model(self, body: ImageBody, settings: ModelSettings) -> ImageClassifier:
         return ImageClassifier(body, len(self.images.classes), settings)
 
     def _split(self, split: str, settings: BatchSettings) -> tuple[Tensor, Tensor]:
@@ -316,19 +313,19 @@ class ImageClassification:
     def largest_batch(self, settings: BatchSettings) -> Batch:
         """A batch of zeros: what memory must suffice for."""
         n = settings.batch_size
-        return Batch(torch.zeros(n, 3, *self.images.size), torch.zeros(n, dtype=torch.long))
+        return Batch(torch.zeros(n, 3, *self.images.size), torch.zeros(n, dtype=torch.long), n)
 
     @torch.no_grad()
-    def score_batch(self, model: nn.Module, batch: Batch, choice: Choice = None) -> Score:
+    def score_batch(self, model: Model, batch: Batch, choice: Choice = None) -> Score:
         """The error rate on one batch without dropout: a reward."""
         with evaluating(model):
-            logits = model.logits(batch.inputs, {}, choice)  # type: ignore[operator]
+            logits = _own(model).logits(batch.inputs, {}, choice)
         return Score(_error(logits, batch.targets), "valid", len(batch.targets))
 
     @torch.no_grad()
     def evaluate(
         self,
-        model: nn.Module,
+        model: Model,
         split: str,
         settings: BatchSettings,
         choice: Choice = None,
@@ -347,7 +344,7 @@ class ImageClassification:
 
     def _measured(
         self,
-        model: nn.Module,
+        model: Model,
         images: Tensor,
         labels: Tensor,
         split: str,
@@ -365,7 +362,7 @@ class ImageClassification:
         with evaluating(model):
             for number, (part, part_labels) in enumerate(batches):
                 inputs = normalise(part.to(device), mean, std)
-                found.append(model.logits(inputs, {}, choice).float().cpu())  # type: ignore[operator]
+                found.append(_own(model).logits(inputs, {}, choice).float().cpu())
                 targets.append(part_labels)
                 if tick:
                     tick((number + 1) / len(batches))
@@ -380,7 +377,7 @@ class ImageClassification:
         return Score(_error(logits, target), split, len(target), details)
 
     @torch.no_grad()
-    def score_text(self, model: nn.Module, text: str) -> Score:
+    def score_text(self, model: Model, text: str) -> Score:
         """The error rate on new images; `text` is the path of a folder of `CLASS/*.png`.
 
         Raises:
@@ -400,6 +397,11 @@ class ImageClassification:
             "std": std.tolist(),
         }
         write_json(directory / "images.json", document)
+
+
+def _own(model: Model) -> ImageClassifier:
+    assert isinstance(model, ImageClassifier)
+    return model
 
 
 class evaluating:

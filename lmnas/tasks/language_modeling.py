@@ -8,8 +8,8 @@ Shapes: T time, B batch, H width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,9 +18,23 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Batch, Choice, Masks, Objective, Score, State
+from lmnas.core.contracts import (
+    Batch,
+    Body,
+    Choice,
+    Loss,
+    Masks,
+    Model,
+    Objective,
+    Score,
+    SoftmaxModel,
+    State,
+    Stream,
+    Task,
+)
 from lmnas.core.errors import UserError
 from lmnas.core.files import write_json
+from lmnas.core.nests import detach
 from lmnas.core.seeds import rng
 from lmnas.nn.kernels import linear_cross_entropy
 from lmnas.nn.ops.dropout import draw_mask
@@ -82,13 +96,13 @@ class BatchSettings:
     """Train on the beginning of the training split only: a low fidelity for search."""
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(SoftmaxModel):
     """A body between a tied embedding and softmax. Calling it gives the loss of one batch.
 
     The embedding is (V, H) and serves both ends.
     """
 
-    def __init__(self, body: nn.Module, vocabulary: int, settings: ModelSettings):
+    def __init__(self, body: Body, vocabulary: int, settings: ModelSettings):
         super().__init__()
         self.settings = settings
         self.embedding = nn.Parameter(torch.empty(vocabulary, settings.width))
@@ -104,46 +118,46 @@ class LanguageModel(nn.Module):
         nn.init.uniform_(self.embedding, -scale, scale, generator=generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-        self.body.initialise(generator, scale)  # type: ignore[operator]
+        self.body.initialise(generator, scale)
 
-    def draw_masks(self, batch: Batch, generator: torch.Generator) -> Masks:
+    def draw_masks(self, batch: Batch, generator: torch.Generator, progress: float = 0.0) -> Masks:
         """One segment's dropout masks: `embedding` (V, 1), `input` and `output` (B, H), and the body's own."""
         s, like = self.settings, self.embedding
         batch_size = batch.inputs.shape[1]
-        masks = {}
+        masks = dict[str, Tensor]()
         if s.dropout_embedding > 0:
             masks["embedding"] = draw_mask((like.shape[0], 1), s.dropout_embedding, generator, like)
         for name, rate in (("input", s.dropout_input), ("output", s.dropout_output)):
             if rate > 0:
                 masks[name] = draw_mask((batch_size, s.width), rate, generator, like)
         rates = {"x": s.dropout_x, "hidden": s.dropout_hidden, "weight": s.dropout_weight}
-        return masks | self.body.draw_masks(batch_size, rates, generator)  # type: ignore[operator]
+        return masks | dict(self.body.draw_masks(batch_size, rates, generator))
 
-    def forward(
-        self, batch: Batch, carry: State, masks: Masks, choice: Choice = None, penalised: bool = True
-    ) -> tuple[Tensor, State]:
+    def forward(self, batch: Batch, masks: Masks, choice: Choice = None, penalised: bool = True) -> Loss:
         """Mean negative log-likelihood of a segment in nats, plus AR and TAR if `penalised`.
 
         Args:
             batch: inputs and targets of (T, B) token ids.
-            carry: the body's state before the segment; None: its initial state.
-
-        Returns:
-            The scalar loss and the state after the segment, detached.
         """
-        if carry is None:
-            carry = self.body.initial_state(batch.inputs.shape[1])  # type: ignore[operator]
-        raw, state = self.body(self.embedded(batch, masks), carry, masks, choice)
-        return self._loss(raw, batch, masks, penalised), detach(state)
+        s = self.settings
+        raw, state = self.body(self.embedded(batch, masks), self.state_before(batch), masks, choice)
+        dropped = raw * masks["output"] if "output" in masks else raw
+        loss = linear_cross_entropy(dropped.flatten(0, 1), self.embedding, self.bias, batch.targets.flatten())
+        if penalised and s.ar > 0:
+            loss = loss + s.ar * dropped.square().mean()
+        if penalised and s.tar > 0 and len(raw) > 1:
+            loss = loss + s.tar * (raw[1:] - raw[:-1]).square().mean()
+        return Loss(loss, detach(state))
 
-    def features(self, batch: Batch, carry: State, choice: Choice = None) -> Tensor:
-        """What the softmax layer reads, without dropout: (T B, H), in the order of the flattened targets."""
-        if carry is None:
-            carry = self.body.initial_state(batch.inputs.shape[1])  # type: ignore[operator]
-        return self.body(self.embedded(batch, {}), carry, {}, choice)[0].flatten(0, 1)
+    def state_before(self, batch: Batch) -> State:
+        """The body's state before the segment: the carried one, else its initial one."""
+        return self.body.initial_state(batch.inputs.shape[1]) if batch.state is None else batch.state
+
+    def features(self, batch: Batch, choice: Choice = None) -> Tensor:
+        """(T B, H)."""
+        return self.body(self.embedded(batch, {}), self.state_before(batch), {}, choice)[0].flatten(0, 1)
 
     def output_layer(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (V, H) and bias (V,) of the softmax layer."""
         return self.embedding, self.bias
 
     def embedded(self, batch: Batch, masks: Masks) -> Tensor:
@@ -155,53 +169,12 @@ class LanguageModel(nn.Module):
             embedded = embedded * masks["input"]
         return embedded
 
-    def _loss(self, raw: Tensor, batch: Batch, masks: Masks, penalised: bool) -> Tensor:
-        dropped = raw * masks["output"] if "output" in masks else raw
-        loss = linear_cross_entropy(dropped.flatten(0, 1), self.embedding, self.bias, batch.targets.flatten())
-        if penalised and self.settings.ar > 0:
-            loss = loss + self.settings.ar * dropped.square().mean()
-        if penalised and self.settings.tar > 0 and len(raw) > 1:
-            loss = loss + self.settings.tar * (raw[1:] - raw[:-1]).square().mean()
-        return loss
 
-    @staticmethod
-    def forward_many(
-        models: Sequence["LanguageModel"], batches: Sequence[Batch], carries: Sequence[State], masks: Sequence[Masks]
-    ) -> list[tuple[Tensor, State]]:
-        """What calling each of S models of one size gives, their bodies run at once where their kind can.
-
-        Segments may differ in length: the shorter ones are padded with zeros behind their end, where nothing is read.
-        """
-        together = getattr(type(models[0].body), "forward_many", None)
-        if together is None:
-            return [
-                model(batch, carry, mask)
-                for model, batch, carry, mask in zip(models, batches, carries, masks, strict=True)
-            ]
-        states = [
-            model.body.initial_state(batch.inputs.shape[1]) if carry is None else carry  # type: ignore[operator]
-            for model, batch, carry in zip(models, batches, carries, strict=True)
-        ]
-        embedded = [model.embedded(batch, mask) for model, batch, mask in zip(models, batches, masks, strict=True)]
-        steps = max(len(part) for part in embedded)
-        padded = torch.stack([F.pad(part, (0, 0, 0, 0, 0, steps - len(part))) for part in embedded])
-        outputs = together([model.body for model in models], padded, states, masks)
-        results = []
-        for model, batch, mask, part, output in zip(models, batches, masks, embedded, outputs, strict=True):
-            raw = output[: len(part)]
-            results.append((model._loss(raw, batch, mask, True), raw[-1].detach()))
-        return results
-
-
-def detach(state: State) -> State:
-    return state.detach() if isinstance(state, Tensor) else tuple(detach(part) for part in state)
-
-
-class Segments:
+class Segments(Stream):
     """A text as B parallel streams, cut into segments along time; the training stream of `Task`.
 
     The B columns are contiguous parts of the text; what does not fill a row is left out. At the end of a pass the
-    cursor and the carried state start anew. A segment at the end may be shorter; `lr_scale` is its length over the
+    cursor and the carried state start anew. A segment at the end may be shorter; `scale` is its length over the
     base (DARTS scales by the drawn length even where the text ends sooner).
     """
 
@@ -254,7 +227,11 @@ class Segments:
         if self.position >= self.rows - 1:
             self.position = 0
             self.epoch += 1
-        return Batch(window[:-1].contiguous(), window[1:].contiguous(), length / self.settings.bptt)
+        scale = length / self.settings.bptt
+        return replace(segment(window), scale=scale, state=self.carry)
+
+    def keep(self, state: State) -> None:
+        self.carry = state
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, "drawn": self.drawn, "epoch": self.epoch, "carry": self.carry}
@@ -264,13 +241,19 @@ class Segments:
         self.carry = state["carry"]
 
 
-class LanguageModeling:
+def segment(window: Tensor) -> Batch:
+    """Every token of a window (T + 1, B) but the last predicts the next one."""
+    inputs, targets = window[:-1].contiguous(), window[1:].contiguous()
+    return Batch(inputs, targets, targets.numel())
+
+
+class LanguageModeling(Task):
     """The task: a corpus, the model above, perplexity per token (bits per character at character level)."""
 
     name = "language-modeling"
     kinds = frozenset({"recurrent"})
-    Model = ModelSettings
-    Batches = BatchSettings
+    model_settings = ModelSettings
+    batch_settings = BatchSettings
 
     def __init__(
         self,
@@ -310,7 +293,7 @@ class LanguageModeling:
     def vocabulary(self) -> list[str]:
         return self.corpus.vocabulary
 
-    def model(self, body: nn.Module, settings: ModelSettings) -> LanguageModel:
+    def model(self, body: Body, settings: ModelSettings) -> LanguageModel:
         return LanguageModel(body, len(self.corpus.vocabulary), settings)
 
     def stream(self, split: str, settings: BatchSettings, seed: int) -> Segments:
@@ -323,7 +306,7 @@ class LanguageModeling:
         """The longest segment that `Segments` draws, of zeros: what memory must suffice for."""
         length = settings.bptt + (LONGEST_OVER_BASE if settings.length_std > 0 else 0)
         tokens = torch.zeros(length, settings.batch_size, dtype=torch.long)
-        return Batch(tokens, tokens)
+        return Batch(tokens, tokens, tokens.numel())
 
     def value(self, nats: float) -> float:
         """The metric of a mean negative log-likelihood."""
@@ -332,15 +315,15 @@ class LanguageModeling:
         return math.exp(nats) if nats < 700 else math.inf
 
     @torch.no_grad()
-    def score_batch(self, model: nn.Module, batch: Batch, choice: Choice = None) -> Score:
+    def score_batch(self, model: Model, batch: Batch, choice: Choice = None) -> Score:
         """The metric on one batch from zero state without dropout: a reward."""
-        loss, _ = model(batch, None, {}, choice, penalised=False)
-        return Score(self.value(loss.item()), "valid", batch.targets.numel())
+        loss, _ = model(replace(batch, state=None), {}, choice, penalised=False)
+        return Score(self.value(loss.item()), "valid", batch.n_targets)
 
     @torch.no_grad()
     def evaluate(
         self,
-        model: nn.Module,
+        model: Model,
         split: str,
         settings: BatchSettings,
         choice: Choice = None,
@@ -356,21 +339,21 @@ class LanguageModeling:
         batch_size = settings.test_batch_size if split == "test" else settings.eval_batch_size
         device = next(model.parameters()).device
         columns = self._columns(self.corpus.splits[split], batch_size)
-        total, count, carry = torch.zeros((), dtype=torch.float64, device=device), 0, None
+        total, count, state = torch.zeros((), dtype=torch.float64, device=device), 0, None
         length = max(settings.bptt, EVALUATION_TOKENS // batch_size) if max_segments is None else settings.bptt
         for number, batch in enumerate(self._segments(columns, length)):
             if max_segments is not None and number >= max_segments:
                 break
-            batch = batch.to(device)
-            loss, carry = model(batch, carry, {}, choice, penalised=False)
-            total += loss.double() * batch.targets.numel()
-            count += batch.targets.numel()
+            batch = replace(batch.to(device), state=state)
+            loss, state = model(batch, {}, choice, penalised=False)
+            total += loss.double() * batch.n_targets
+            count += batch.n_targets
             if tick:
                 tick(count / (columns.numel() - batch_size))
         return Score(self.value(total.item() / count), split, count)
 
     @torch.no_grad()
-    def score_text(self, model: nn.Module, text: str) -> Score:
+    def score_text(self, model: Model, text: str) -> Score:
         """The metric on new text, the first token given.
 
         Raises:
@@ -379,8 +362,8 @@ class LanguageModeling:
         tokens = self.corpus.encode(text).long()
         if len(tokens) < 2:
             raise UserError(f"text to score: expected at least two tokens, got {len(tokens)}")
-        tokens = tokens.to(next(model.parameters()).device)[:, None]
-        loss, _ = model(Batch(tokens[:-1], tokens[1:]), None, {}, penalised=False)
+        batch = segment(tokens.to(next(model.parameters()).device)[:, None])
+        loss, _ = model(batch, {}, penalised=False)
         return Score(self.value(loss.item()), "given", len(tokens) - 1)
 
     @staticmethod
@@ -395,7 +378,7 @@ class LanguageModeling:
         rows = columns.shape[1]
         for start in range(0, rows - 1, bptt):
             window = columns[:, start : min(start + bptt, rows - 1) + 1].t().long()
-            yield Batch(window[:-1].contiguous(), window[1:].contiguous())
+            yield segment(window)
 
     def save_assets(self, directory: Path) -> None:
         """What a user of the trained model needs beside its weights: the vocabulary, one token a line, in id order."""

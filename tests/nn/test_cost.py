@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -10,11 +11,11 @@ import torch
 import yaml
 from torch import nn
 
-from lmnas.core.contracts import Batch
+from lmnas.core.contracts import Batch, Loss, Model, Task
 from lmnas.core.errors import UserError
 from lmnas.core.seeds import generator, rng
 from lmnas.nn import cost as forecast
-from lmnas.nn.cost import Forecast, available, forward_flops, kept_bytes, largest_batch, step_forecast, training_bytes
+from lmnas.nn.cost import Forecast, available, forward_flops, kept_bytes, step_forecast, training_bytes
 from lmnas.nn.kernels import DEFAULT_CHUNK, cross_entropy, fused, set_chunk
 from lmnas.nn.kernels.planned import fused_elements
 from lmnas.nn.kernels.reference import Program
@@ -29,22 +30,22 @@ CPU = torch.device("cpu")
 MIB = 2**20
 
 
-class Toy(nn.Module):
+class Toy(Model):
     """tanh(x W) V: the gradient of V needs the tanh, that of W needs x and the tanh."""
 
     def __init__(self):
         super().__init__()
         self.w, self.v, self.unused = (nn.Parameter(torch.empty(*shape)) for shape in ((8, 16), (16, 4), (99, 99)))
 
-    def draw_masks(self, batch, generator):
-        return {}
+    def initialise(self, generator):
+        pass
 
-    def forward(self, batch, carry, masks, choice=None, penalised=True):
-        return ((batch.inputs.float() @ self.w).tanh() @ self.v).sum(), None
+    def forward(self, batch, masks, choice=None, penalised=True):
+        return Loss(((batch.inputs.float() @ self.w).tanh() @ self.v).sum())
 
 
 def toy_batch():
-    return Batch(torch.zeros(5, 8), torch.zeros(5))
+    return Batch(torch.zeros(5, 8), torch.zeros(5), 5)
 
 
 # -------------------------------------------------------------------------------------------------- operations, bytes
@@ -86,7 +87,7 @@ def test_meta_holds_what_a_real_step_holds(mixture):
     model = language_model(tar=0.1)
     model.initialise(generator(0, "test"))
     tokens = torch.zeros(6, 4, dtype=torch.long)
-    batch = Batch(tokens, tokens)
+    batch = Batch(tokens, tokens, 24)
     choice = model.body.space.sample(rng(0))
     if mixture:
         choice = {"nodes": torch.full((6, 5), 0.2, requires_grad=True)}
@@ -98,7 +99,7 @@ def test_meta_holds_what_a_real_step_holds(mixture):
 
     masks = model.draw_masks(batch, generator(0, "masks"))
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        loss, _ = model(batch, None, masks, choice)
+        loss, _ = model(batch, masks, choice)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     real = sum(storage.nbytes() for address, storage in held.items() if address not in own)
     del loss
@@ -143,23 +144,22 @@ def test_the_fused_kernel_keeps_about_what_is_planned(mixture):
 
 def test_the_longest_segment_is_what_counts(tiny_task):
     """Random lengths reach at most base + 20."""
-    constant = largest_batch(tiny_task, "train", BatchSettings(batch_size=3, bptt=10))
-    random = largest_batch(tiny_task, "train", BatchSettings(batch_size=3, bptt=10, length_std=4.0))
+    constant = tiny_task.largest_batch(BatchSettings(batch_size=3, bptt=10))
+    random = tiny_task.largest_batch(BatchSettings(batch_size=3, bptt=10, length_std=4.0))
     assert (constant.inputs.shape, random.inputs.shape) == ((10, 3), (30, 3))
     stream = tiny_task.stream("train", BatchSettings(batch_size=3, bptt=10, length_std=40.0), 0)
     assert max(len(stream.next().inputs) for _ in range(30)) == 30
 
 
 def test_a_task_without_largest_batch_gives_its_first():
-    class Task:
+    class Plain(Task):
+        stream = evaluate = data = model = score_batch = score_text = save_assets = None
+
+    class Told(Plain):
         def stream(self, split, settings, seed):
-            return iter_of(toy_batch())
+            return SimpleNamespace(next=toy_batch) if split == "train" else None
 
-    class iter_of:
-        def __init__(self, batch):
-            self.next = lambda: batch
-
-    assert largest_batch(Task(), "train", None).inputs.shape == (5, 8)
+    assert Told().largest_batch(None).inputs.shape == (5, 8)
 
 
 # --------------------------------------------------------------------------------------------------- what there is
@@ -260,7 +260,7 @@ def test_every_training_of_a_recipe_is_forecast(document):
     with torch.device("meta"):
         alone = build_model(task, genotype, training)
         shared = task.model(space.supernet(4), ModelSettings(width=4))
-    batch = largest_batch(task, "train", training.batch_settings(task))
+    batch = task.largest_batch(training.batch_settings(task))
     step = step_forecast(alone, batch, None, "reference")
     # what a path keeps depends a little on its operations
     assert found["train.training"] == pytest.approx(training_bytes(step, averaged=True, best=True), rel=1e-3)
@@ -322,7 +322,7 @@ def test_what_a_gradient_learns_is_work_too(document, order, passes):
     recipe = load_recipe(document)
     task, space = open_task(recipe), open_space(recipe)
     model = forecast.on_meta(lambda: task.model(space.supernet(4), ModelSettings(width=4)))
-    batch = largest_batch(task, "train", recipe.train.training.batch_settings(task))
+    batch = task.largest_batch(recipe.train.training.batch_settings(task))
     mixture = {"nodes": torch.zeros(3, 5, device="meta")}
     steps = task.stream("train", recipe.train.training.batch_settings(task), 0).steps_per_epoch
     search = 3 * passes * steps * forward_flops(model, batch, mixture)

@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lmnas.core.contracts import Batch, Objective, Score
+from lmnas.core.contracts import Batch, Loss, Model, Objective, Score, Stream
 from lmnas.core.errors import Diverged, Interrupted, UserError
 from lmnas.core.files import pack, read_events, unpack
 from lmnas.core.genotype import load_genotype
@@ -65,11 +66,10 @@ def test_adam_by_hand_and_through_a_checkpoint(tiny_task):
     settings = training(method="adam", learning_rate=0.002, clip=0.05, weight_decay=0.01)
     weights = WeightTraining(model_of(tiny_task, settings), tiny_task, settings, 0, CPU)
     twin, moments = model_of(tiny_task, settings), {}
-    carry, states = None, []
+    states = []
     for step in (1, 2):
-        batch = weights.draw()
-        batch.lr_scale = 1.0
-        loss, carry = twin(batch, carry, weights.masks("weights", batch))
+        batch = replace(weights.draw(), scale=1.0)
+        loss, _ = twin(batch, weights.masks("weights", batch))
         twin.zero_grad()
         loss.backward()
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in twin.parameters()))
@@ -86,8 +86,7 @@ def test_adam_by_hand_and_through_a_checkpoint(tiny_task):
         torch.testing.assert_close(p, twin.get_parameter(name), rtol=1e-4, atol=1e-6)
     again = WeightTraining(model_of(tiny_task, settings), tiny_task, settings, 0, CPU)
     again.load_state_dict(states[0])
-    batch = again.draw()
-    batch.lr_scale = 1.0
+    batch = replace(again.draw(), scale=1.0)
     again.update(batch)
     for name, p in weights.model.named_parameters():
         assert torch.equal(p, again.model.get_parameter(name))
@@ -98,9 +97,8 @@ def test_one_step_by_hand(tiny_task):
     settings = training(learning_rate=3.0, clip=0.05, weight_decay=0.01)
     weights = WeightTraining(model_of(tiny_task, settings), tiny_task, settings, 0, CPU)
     twin = model_of(tiny_task, settings)
-    batch = weights.draw()
-    batch.lr_scale = 0.5
-    loss, _ = twin(batch, None, weights.masks("weights", batch))
+    batch = replace(weights.draw(), scale=0.5)
+    loss, _ = twin(batch, weights.masks("weights", batch))
     loss.backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in twin.parameters()))
     assert norm > 0.05, "clipping must be active"
@@ -155,7 +153,7 @@ def test_cosine_and_progress_are_of_the_batch_in_hand(tiny_task):
     while weights.stream.epoch < 4:
         epoch = weights.stream.epoch
         batch = weights.draw()
-        seen.append((epoch, weights.learning_rate, batch.progress))
+        seen.append((epoch, weights.learning_rate, weights.progress))
         weights.skip()
         if len(seen) == 9:
             saved = unpack(pack(weights.state_dict()))
@@ -165,14 +163,19 @@ def test_cosine_and_progress_are_of_the_batch_in_hand(tiny_task):
     again = WeightTraining(model_of(tiny_task, settings), tiny_task, settings, 0, CPU)
     again.load_state_dict(saved)
     for _, rate, progress in seen[9:]:
-        assert (again.draw().progress, again.learning_rate) == (progress, rate)
+        again.draw()
+        assert (again.progress, again.learning_rate) == (progress, rate)
         again.skip()
 
 
 def test_a_batch_keeps_every_field_on_another_device():
-    batch = Batch(torch.zeros(2), torch.ones(2), lr_scale=0.5, progress=0.25).to("meta")
-    assert batch.inputs.device.type == batch.targets.device.type == "meta"
-    assert (batch.lr_scale, batch.progress) == (0.5, 0.25)
+    tensors = {name: torch.zeros(2) for name in ("inputs", "targets", "lengths")}
+    nested = {"source": torch.zeros(2), "target": (torch.ones(1), [torch.ones(3)])}
+    batch = Batch(**{**tensors, "inputs": nested}, n_targets=1, scale=0.5, state=(torch.zeros(2), None)).to("meta")
+    moved = (batch.inputs["source"], *batch.inputs["target"][:1], batch.inputs["target"][1][0])
+    for tensor in (*moved, batch.targets, batch.lengths, batch.state[0]):
+        assert tensor.device.type == "meta"
+    assert (batch.n_targets, batch.scale, batch.state[1]) == (1, 0.5, None)
 
 
 @pytest.mark.parametrize(
@@ -199,13 +202,12 @@ def test_momentum_by_hand(tiny_task, nesterov):
     """v <- mu v + g, w <- w - rate v (Nesterov: g + mu v), g clipped and decayed; the velocity is mu v of before."""
     settings = training(learning_rate=0.5, momentum=0.9, nesterov=nesterov, clip=0.05, weight_decay=0.01)
     weights = WeightTraining(model_of(tiny_task, settings), tiny_task, settings, 0, CPU)
-    twin, buffers, carry = model_of(tiny_task, settings), {}, None
+    twin, buffers = model_of(tiny_task, settings), {}
     assert not any(value.any() for value in weights.velocity().values())
     for _ in range(3):
-        batch = weights.draw()
-        batch.lr_scale = 1.0
+        batch = replace(weights.draw(), scale=1.0)
         velocity = weights.velocity()
-        loss, carry = twin(batch, carry, weights.masks("weights", batch))
+        loss, _ = twin(batch, weights.masks("weights", batch))
         twin.zero_grad()
         loss.backward()
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in twin.parameters()))
@@ -236,8 +238,8 @@ def test_momentum_moves_what_has_a_gradient(tiny_task):
             p.grad = torch.ones_like(p)
             value, buffer = expected[p]
             buffer = 0.9 * buffer + 1.0
-            expected[p] = value - 0.5 * batch.lr_scale * buffer, buffer
-        weights.apply(batch, torch.zeros(()), None)
+            expected[p] = value - 0.5 * batch.scale * buffer, buffer
+        weights.apply(batch, Loss(torch.zeros(())))
     for p, (value, _) in expected.items():
         torch.testing.assert_close(p.detach(), value)
 
@@ -273,11 +275,12 @@ def test_averaging_against_torch_asgd(tiny_task, tmp_path, monkeypatch):
     while twin.stream.epoch < 2:
         batch = twin.draw()
         asgd.zero_grad()
-        loss, twin.stream.carry = twin.model(batch, twin.stream.carry, twin.masks("weights", batch))
+        loss, state = twin.model(batch, twin.masks("weights", batch))
+        twin.stream.keep(state)
         loss.backward()
-        asgd.param_groups[0]["lr"] = 0.5 * batch.lr_scale
+        asgd.param_groups[0]["lr"] = 0.5 * batch.scale
         for state in asgd.state.values():
-            state["eta"].fill_(0.5 * batch.lr_scale)
+            state["eta"].fill_(0.5 * batch.scale)
         asgd.step()
         twin.steps += 1
         n_steps += 1
@@ -338,7 +341,7 @@ class Colours:
 
     objective = Objective("error", "%", "minimize")
 
-    class Model(nn.Module):
+    class Model(Model):
         def __init__(self):
             super().__init__()
             self.conv, self.norm = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
@@ -350,19 +353,16 @@ class Colours:
                 nn.init.normal_(parameter, 0.0, 0.3, generator=generator)
             nn.init.zeros_(self.linear.bias)
 
-        def draw_masks(self, batch, generator):
-            return {}
-
-        def forward(self, batch, carry, masks, choice=None, penalised=True):
+        def forward(self, batch, masks, choice=None, penalised=True):
             self.modes.append(self.training)
             logits = self.linear(torch.relu(self.norm(self.conv(batch.inputs))).mean((2, 3)))
-            return nn.functional.cross_entropy(logits, batch.targets), None
+            return Loss(nn.functional.cross_entropy(logits, batch.targets))
 
-    class Stream:
+    class Stream(Stream):
         steps_per_epoch = 7
 
         def __init__(self, seed):
-            self.seed, self.step, self.carry = seed, 0, None
+            self.seed, self.step = seed, 0
 
         @property
         def epoch(self):
@@ -371,7 +371,7 @@ class Colours:
         def next(self):
             inputs = 2 + torch.randn(8, 3, 4, 4, generator=generator(self.seed, "images", self.step))
             self.step += 1
-            return Batch(inputs, inputs.mean((2, 3)).argmax(1))
+            return Batch(inputs, inputs.mean((2, 3)).argmax(1), 8)
 
         def state_dict(self):
             return {"step": self.step}
@@ -387,7 +387,7 @@ class Colours:
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            loss, _ = model(self.Stream(99).next(), None, {})
+            loss, _ = model(self.Stream(99).next(), {})
         model.train(was_training)
         return Score(loss.item(), split, 8)
 

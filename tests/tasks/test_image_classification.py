@@ -6,9 +6,8 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from lmnas.core.contracts import Batch
+from lmnas.core.contracts import Batch, ImageBody
 from lmnas.core.errors import UserError
 from lmnas.core.files import pack
 from lmnas.core.genotype import load_genotype
@@ -143,10 +142,13 @@ def test_too_large_a_batch_is_refused(task):
 # ------------------------------------------------------------------------------------------------------------- model
 
 
-class Toy(nn.Module):
+class Toy(ImageBody):
     """A body whose features are the mean colours; it counts how it is called."""
 
-    width, n_features, auxiliary_channels = 3, 3, 3
+    auxiliary_channels = 3
+
+    def __init__(self):
+        super().__init__(3)
 
     def initialise(self, generator, init_range):
         pass
@@ -158,9 +160,6 @@ class Toy(nn.Module):
     def maps(self, inputs, masks, choice=None):
         return inputs.mean((2, 3)), inputs
 
-    def forward(self, inputs, state, masks, choice=None):
-        return inputs.mean((2, 3)), None
-
 
 def test_the_loss_by_hand():
     """Smoothed cross-entropy of both heads: (1 - s) of the label's, s of the mean over classes."""
@@ -168,7 +167,7 @@ def test_the_loss_by_hand():
     model = ImageClassifier(Toy(), 5, settings)
     model.initialise(generator(0, "init"))
     inputs = torch.randn(4, 3, 8, 8, generator=generator(0, "inputs"))
-    batch = Batch(inputs, torch.tensor([0, 4, 2, 2]))
+    batch = Batch(inputs, torch.tensor([0, 4, 2, 2]), 4)
 
     def smoothed(logits):
         log = logits.log_softmax(1)
@@ -177,17 +176,17 @@ def test_the_loss_by_hand():
     logits = inputs.mean((2, 3)) @ model.classifier.weight.t() + model.classifier.bias
     second = model.training_only(inputs)
     assert second.shape == (4, 5)
-    loss, carry = model(batch, None, {})
+    loss, carry = model(batch, {})
     torch.testing.assert_close(loss, smoothed(logits) + 0.4 * smoothed(second))
-    plain, _ = model(batch, None, {}, penalised=False)
+    plain, _ = model(batch, {}, penalised=False)
     torch.testing.assert_close(plain, F.cross_entropy(logits, batch.targets))
     assert carry is None
 
 
 def test_masks_and_the_rate_of_paths():
     model = ImageClassifier(Toy(), 5, ModelSettings(width=3, dropout=0.5, drop_path=0.3))
-    batch = Batch(torch.randn(200, 3, 2, 2), torch.zeros(200, dtype=torch.long), progress=0.5)
-    masks = model.draw_masks(batch, generator(0))
+    batch = Batch(torch.randn(200, 3, 2, 2), torch.zeros(200, dtype=torch.long), 200)
+    masks = model.draw_masks(batch, generator(0), 0.5)
     assert model.body.rates == {"path": 0.15}
     assert masks["features"].shape == (200, 3) and set(masks["features"].unique().tolist()) == {0.0, 2.0}
     expected = (batch.inputs.mean((2, 3)) * masks["features"]) @ model.classifier.weight.t() + model.classifier.bias
@@ -228,7 +227,7 @@ def test_error_confusion_and_calibration_on_the_test_split(task):
     model = make(task)
     stream = task.stream("train", BatchSettings(batch_size=6), 0)
     for _ in range(3):  # running statistics of their own
-        model(stream.next(), None, {})
+        model(stream.next(), {})
     score = task.evaluate(model, "test", BatchSettings(batch_size=6, eval_batch_size=4))
     images, labels = task.images.split("test")
     table = [[0] * 3 for _ in range(3)]

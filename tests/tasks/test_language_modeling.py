@@ -6,13 +6,12 @@ import math
 import pytest
 import torch
 
-from lmnas.core.contracts import Batch
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import load_genotype
 from lmnas.core.seeds import generator
 from lmnas.nn.train import Training, initialise
 from lmnas.runs.jobs import build_model
-from lmnas.tasks.language_modeling import BatchSettings, LanguageModeling, ModelSettings, Segments
+from lmnas.tasks.language_modeling import BatchSettings, LanguageModeling, ModelSettings, Segments, segment
 
 
 def make(task, seed=0, **settings):
@@ -27,7 +26,7 @@ def test_segments_cover_every_prediction_once():
     while stream.epoch == 0:
         batch = stream.next()
         assert torch.equal(batch.targets, batch.inputs + 1)
-        assert batch.lr_scale == len(batch.inputs) / 7
+        assert batch.scale == len(batch.inputs) / 7
         seen.append(batch.targets)
     seen = torch.cat(seen)
     assert [len(seen), seen.shape[1]] == [24, 4]
@@ -38,9 +37,8 @@ def test_carry_is_reset_at_a_new_pass_only():
     stream = Segments(torch.arange(60, dtype=torch.int32), BatchSettings(batch_size=2, bptt=10), 0, "train")
     carries = []
     for _ in range(7):
-        stream.next()
-        carries.append(stream.carry)
-        stream.carry = "state"
+        carries.append(stream.next().state)
+        stream.keep("state")
     assert carries == [None, "state", "state", None, "state", "state", None]
 
 
@@ -98,7 +96,7 @@ def test_evaluation_against_a_loop_over_tokens(tiny_task):
             logits = raw[0, 0] @ model.embedding.t() + model.bias
             nats -= logits.log_softmax(-1)[following].item()
     text = " ".join(tiny_task.vocabulary[i] for i in tokens.tolist()).replace("<eos>", "\n")
-    assert model(Batch(tokens[:-1, None], tokens[1:, None]), None, {})[0].item() == pytest.approx(nats / 39, rel=1e-5)
+    assert model(segment(tokens[:, None]), {})[0].item() == pytest.approx(nats / 39, rel=1e-5)
     assert tiny_task.score_text(model, text).n_predictions >= 39
 
 
@@ -107,8 +105,8 @@ def test_penalties_by_hand(tiny_task):
     model = make(tiny_task, ar=2.0, tar=3.0, dropout_output=0.5)
     batch = tiny_task.stream("train", BatchSettings(batch_size=4, bptt=6), 0).next()
     masks = model.draw_masks(batch, generator(1))
-    plain, _ = model(batch, None, masks, penalised=False)
-    penalised, _ = model(batch, None, masks)
+    plain, _ = model(batch, masks, penalised=False)
+    penalised, _ = model(batch, masks)
     raw, _ = model.body(model.embedding[batch.inputs], model.body.initial_state(4), masks)
     expected = 2.0 * (raw * masks["output"]).square().mean() + 3.0 * (raw[1:] - raw[:-1]).square().mean()
     torch.testing.assert_close(penalised - plain, expected)
@@ -118,7 +116,7 @@ def test_masks(tiny_task):
     """Locked over time, whole words dropped, rates right on average, the same for the same generator."""
     rates = {f"dropout_{name}": 0.25 for name in ("embedding", "input", "x", "hidden", "output")}
     model = make(tiny_task, **rates)
-    batch = Batch(torch.zeros(5, 2000, dtype=torch.long), torch.zeros(5, 2000, dtype=torch.long))
+    batch = segment(torch.zeros(6, 2000, dtype=torch.long))
     masks = model.draw_masks(batch, generator(0))
     assert {name: tuple(mask.shape) for name, mask in masks.items()} == {
         "embedding": (len(tiny_task.vocabulary), 1),
@@ -135,8 +133,8 @@ def test_masks(tiny_task):
 def test_carry_is_detached(tiny_task):
     model = make(tiny_task)
     stream = tiny_task.stream("train", BatchSettings(batch_size=4, bptt=6), 0)
-    _, carry = model(stream.next(), None, {})
-    assert not carry.requires_grad
+    state = model(stream.next(), {}).state
+    assert not state.requires_grad
 
 
 def test_character_level_counts_bits(tiny_text):

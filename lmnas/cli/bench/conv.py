@@ -135,7 +135,7 @@ def _row(network: Network, sizes: Sizes, device: torch.device, choice: Choice = 
         lambda: step(lambda: plain_features(network, images, choice)),
         sizes.batch,
         model=network,
-        batch=Batch(images, images[:, 0]),
+        batch=Batch(images, images[:, 0], sizes.batch),
         choice=choice,
     )
 

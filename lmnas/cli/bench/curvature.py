@@ -24,13 +24,13 @@ from torch import Tensor
 from lmnas.cli.bench.contract import Say
 from lmnas.cli.bench.machine import clock, processor
 from lmnas.cli.bench.options import chosen_rows, columns, positive, settle_kernel, settle_threads
-from lmnas.core.contracts import Batch, Mixture, State
+from lmnas.core.contracts import Batch, Mixture
 from lmnas.core.seeds import generator
 from lmnas.nn.curvature import METHODS, diagonal, exact_diagonal
 from lmnas.nn.kernels import Decided, recurrent_mixture, set_kernel
 from lmnas.report.plots import FAINT, STYLE
 from lmnas.spaces.recurrent.cell import RecurrentCell
-from lmnas.tasks.language_modeling import BatchSettings, LanguageModel, LanguageModeling, ModelSettings
+from lmnas.tasks.language_modeling import BatchSettings, LanguageModel, LanguageModeling, ModelSettings, segment
 
 HELP = "second derivatives by the switches of a supernet: each method against the exact ones, and its cost"
 ORACLE = "exact"
@@ -141,9 +141,7 @@ def relax(switches: Tensor, space: RecurrentCell) -> Mixture:
     return {"nodes": torch.cat([torch.zeros_like(switches[:, :1]), switches * shares[:, None]], dim=1)}
 
 
-def network(
-    task: LanguageModeling, sizes: Sizes, steps: int, seed: int
-) -> tuple[LanguageModel, list[tuple[Batch, State]], Mixture]:
+def network(task: LanguageModeling, sizes: Sizes, steps: int, seed: int) -> tuple[LanguageModel, list[Batch], Mixture]:
     """A supernet in float64 trained for so many steps, the batches that followed with their carried states, its
     mixture."""
     space = RecurrentCell(n_nodes=sizes.n_nodes, batch_norm="none")
@@ -154,30 +152,29 @@ def network(
     switches.requires_grad_()
     optimizer = torch.optim.Adam([*model.parameters(), switches], lr=0.01)
     stream = task.stream("train", BatchSettings(batch_size=sizes.batch, bptt=sizes.bptt), seed)
-    batches: list[tuple[Batch, State]] = []
-    carry: State = None
+    batches: list[Batch] = []
     for step in range(steps + N_BATCHES + 1):
         batch = stream.next()
-        loss, later = model(batch, carry, {}, relax(switches, space), False)
+        loss, state = model(batch, {}, relax(switches, space), False)
         if step < steps:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         elif step > steps:  # one in between, so that an untrained network has a carried state too
-            batches.append((batch, carry))
-        carry = later
+            batches.append(batch)
+        stream.keep(state if stream.position else None)
     return model, batches, relax(switches.detach(), space)
 
 
-def untied(model: LanguageModel, batches: list[tuple[Batch, State]], mixture: Mixture) -> Tensor:
+def untied(model: LanguageModel, batches: list[Batch], mixture: Mixture) -> Tensor:
     """(E, K): the trace over steps of the Hessian by a mixture for every step. A path of its own through the cell."""
     total = torch.zeros_like(mixture["nodes"])
     body: Any = model.body
     weights = body.w_input.detach(), [weight.detach() for weight in body.w_nodes]
     head = model.embedding.detach(), None if model.bias is None else model.bias.detach()
-    for batch, carry in batches:
+    for batch in batches:
         inputs = model.embedded(batch, {}).detach()
-        start = body.initial_state(inputs.shape[1]) if carry is None else carry
+        start = model.state_before(batch)
 
         def loss(tables: Tensor, inputs: Tensor = inputs, h: Tensor = start, targets: Tensor = batch.targets) -> Tensor:
             hs = []
@@ -214,13 +211,13 @@ def timings(methods: list[str], sizes: Sizes, rounds: int, threads: int, kernel:
     model.initialise(noise)
     shape = (sizes.timed_bptt + 1, sizes.timed_batch)
     tokens = torch.randint(sizes.timed_vocabulary, shape, generator=noise)
-    batch = Batch(tokens[:-1], tokens[1:])
+    batch = segment(tokens)
     ones = torch.ones(len(space.tables()[0].edges), len(space.activations))
     now = clock(threads, torch.device("cpu"))
 
     def one_pass() -> None:
         switches = ones.clone().requires_grad_()
-        model(batch, None, {}, relax(switches, space), False)[0].backward()
+        model(batch, {}, relax(switches, space), False)[0].backward()
         model.zero_grad(set_to_none=True)
 
     def timed(work: Callable[[], Any], which: Decided) -> float:
@@ -240,7 +237,7 @@ def timings(methods: list[str], sizes: Sizes, rounds: int, threads: int, kernel:
             passes[which].append(timed(one_pass, which))
         for name in methods:
             if number == 0 or taken[name][0] < SLOW * passes["reference"][0]:
-                work = partial(diagonal, name, model, [(batch, None)], mixture, 0)
+                work = partial(diagonal, name, model, [batch], mixture, 0)
                 taken[name].append(timed(work, kernel))
     set_kernel(kernel)
     least = {which: min(found) for which, found in passes.items()}

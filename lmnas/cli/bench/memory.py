@@ -17,6 +17,7 @@ from lmnas.cli.bench.contract import Say
 from lmnas.cli.bench.machine import processor
 from lmnas.cli.bench.options import add_common, chosen_rows, columns, settle_kernel, settle_threads
 from lmnas.cli.bench.rows import ROWS, Row, Sizes
+from lmnas.core.contracts import Model
 from lmnas.core.genotype import Genotype
 from lmnas.nn.cost import step_forecast
 from lmnas.nn.kernels import Decided
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 def forecast_bytes(row: Row, kernel: Decided) -> int:
     """What `lmnas.nn.cost` says of our side of a row."""
-    assert row.model is not None and row.batch is not None
+    assert isinstance(row.model, Model) and row.batch is not None
     choice = row.choice
     if choice is not None and not isinstance(choice, Genotype):
         choice = {name: p.detach().to("meta").requires_grad_(p.requires_grad) for name, p in choice.items()}

@@ -9,12 +9,13 @@ Shapes: T time, B batch, H width, E edges, K operations.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Batch, Choice, Masks, State
+from lmnas.core.contracts import Batch, Choice, Loss, Masks
 from lmnas.nn.kernels import BatchNorm, Program
 from lmnas.tasks.language_modeling import LanguageModel
 
@@ -104,12 +105,10 @@ class Plain(nn.Module):
         super().__init__()
         self.model, self.per_edge = model, per_edge
 
-    def forward(
-        self, batch: Batch, carry: State, masks: Masks, choice: Choice = None, penalised: bool = True
-    ) -> tuple[Tensor, State]:
+    def forward(self, batch: Batch, masks: Masks, choice: Choice = None, penalised: bool = True) -> Loss:
         """As `LanguageModel.forward`."""
-        model = self.model
-        body: nn.Module = model.body
+        model, carry = self.model, self.model.state_before(batch)
+        body: Any = model.body
         embedded = F.embedding(batch.inputs, model.embedding)
         if "embedding" in masks:
             embedded = embedded * masks["embedding"][batch.inputs]
@@ -118,16 +117,16 @@ class Plain(nn.Module):
         mask_x, mask_h = masks.get("x"), masks.get("hidden")
         if isinstance(choice, dict):
             p_edges = choice["nodes"][:, 1:]  # column 0 is `none`
-            weights = list(body.w_nodes)  # type: ignore[arg-type]
-            raw = plain_mixture(embedded, carry, body.w_input, weights, p_edges, mask_x, mask_h, self.per_edge)  # type: ignore[arg-type]
+            weights = list(body.w_nodes)
+            raw = plain_mixture(embedded, carry, body.w_input, weights, p_edges, mask_x, mask_h, self.per_edge)
         else:
             program, weights, batch_norm = _path(body, choice)
-            raw = plain_path(embedded, carry, body.w_input, weights, program, mask_x, mask_h, batch_norm)  # type: ignore[arg-type]
+            raw = plain_path(embedded, carry, body.w_input, weights, program, mask_x, mask_h, batch_norm)
         dropped = raw * masks["output"] if "output" in masks else raw
         loss = plain_cross_entropy(dropped.flatten(0, 1), model.embedding, model.bias, batch.targets.flatten())
         if penalised and model.settings.tar > 0:
             loss = loss + model.settings.tar * (raw[1:] - raw[:-1]).square().mean()
-        return loss, raw[-1].detach()
+        return Loss(loss, raw[-1].detach())
 
 
 def _path(body, choice: Choice) -> tuple[Program, list[Tensor], BatchNorm]:

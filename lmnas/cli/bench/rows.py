@@ -5,21 +5,21 @@ round does the same work. Words are random: speed does not depend on them.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lmnas.cli.bench.plain import Plain, plain_cross_entropy
-from lmnas.core.contracts import Batch, Choice, LearnStep, Mixture
+from lmnas.core.contracts import Batch, Body, Choice, LearnStep, Mixture
 from lmnas.core.genotype import load_genotype
 from lmnas.core.seeds import generator, rng
 from lmnas.methods.strategies.gradient import LOOK_AHEAD_COPIES, architecture_gradient
 from lmnas.nn.kernels import linear_cross_entropy
 from lmnas.runs.jobs import covering_space
 from lmnas.spaces.recurrent.cell import RecurrentCell
-from lmnas.tasks.language_modeling import EVALUATION_TOKENS, LanguageModel, ModelSettings
+from lmnas.tasks.language_modeling import EVALUATION_TOKENS, LanguageModel, ModelSettings, segment
 
 DROPOUT = {"dropout_output": 0.75, "dropout_x": 0.75, "dropout_hidden": 0.25, "dropout_input": 0.2}
 """Of both papers' searches and trainings."""
@@ -76,7 +76,7 @@ class Setting:
 
     def __init__(
         self,
-        body: nn.Module,
+        body: Body,
         width: int,
         batch_size: int,
         sizes: Sizes,
@@ -92,9 +92,8 @@ class Setting:
         self.batches = []
         for _ in range(2):
             tokens = torch.randint(sizes.vocabulary, (length + 1, batch_size), generator=noise).to(device)
-            self.batches.append(Batch(tokens[:-1], tokens[1:]))
+            self.batches.append(replace(segment(tokens), state=body.initial_state(batch_size)))
         self.masks = self.model.draw_masks(self.batches[0], noise)
-        self.carry = self.model.body.initial_state(batch_size)  # type: ignore[operator]
         self.tokens = length * batch_size
         self.bptt = sizes.bptt
         # in one pass over the weights, as ours are trained; the published codes take SGD as it is
@@ -103,7 +102,7 @@ class Setting:
 
     def weight_step(self, forward: nn.Module, choice: Choice = None) -> tuple[float, float]:
         """One optimiser step; the loss, and the gradient's norm before clipping."""
-        loss, _ = forward(self.batches[0], self.carry, self.masks, choice)
+        loss, _ = forward(self.batches[0], self.masks, choice)
         optimizer = self.optimizer if forward is self.model else self.plain_optimizer
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -117,11 +116,12 @@ class Setting:
         inputs, targets = self.batches[0].inputs, self.batches[0].targets
         rows, batch_size = inputs.shape
         length = max(self.bptt, EVALUATION_TOKENS // batch_size) if forward is self.model else self.bptt
-        carry, total = self.carry, 0.0
+        state, total = self.batches[0].state, 0.0
         for start in range(0, rows, length):
-            part = Batch(inputs[start : start + length], targets[start : start + length])
-            loss, carry = forward(part, carry, {}, None, False)
-            total += loss.item() * part.targets.numel()
+            expected = targets[start : start + length]
+            part = Batch(inputs[start : start + length], expected, expected.numel(), state=state)
+            loss, state = forward(part, {}, None, False)
+            total += loss.item() * part.n_targets
         return (total / self.tokens,)
 
 
@@ -147,7 +147,7 @@ def _search(order: int) -> Make:
             def loss(number: int) -> Callable[[Mapping[str, Tensor], Mixture], Tensor]:
                 def run(weights: Mapping[str, Tensor], mixture: Mixture) -> Tensor:
                     given = {prefix + name: weight for name, weight in weights.items()}
-                    arguments = (setting.batches[number], setting.carry, setting.masks, mixture, False)
+                    arguments = (setting.batches[number], setting.masks, mixture, False)
                     return torch.func.functional_call(forward, given, arguments)[0]
 
                 return run

@@ -7,7 +7,6 @@ Scores are proxies: they rank candidates and are never results.
 """
 
 import functools
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from lmnas.core.contracts import (
     Batch,
     Estimator,
     LearnStep,
+    Loss,
     Mixture,
     Proposal,
     Score,
@@ -179,18 +179,16 @@ class Shared(Estimator):
 
     def _learn(self, strategy: SharingStrategy, weights: WeightTraining, batch: Batch, valid_stream: Any) -> None:
         """One architecture step: losses as functions of weights and mixture, data and dropout noise held fixed."""
-        valid = valid_stream.next()
-        valid = replace(valid.to(self.device), progress=batch.progress)
-        train_carry, valid_carry = weights.stream.carry, valid_stream.carry
+        valid = valid_stream.next().to(self.device)
         train_masks, valid_masks = weights.masks("learn-train", batch), weights.masks("learn-valid", valid)
         carried: State = None
 
         def train_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
-            return self._loss(batch, train_carry, train_masks, parameters, mixture)[0]
+            return self._loss(batch, train_masks, parameters, mixture).value
 
         def valid_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
             nonlocal carried
-            loss, carried = self._loss(valid, valid_carry, valid_masks, parameters, mixture)
+            loss, carried = self._loss(valid, valid_masks, parameters, mixture)
             return loss
 
         strategy.learn(
@@ -199,7 +197,7 @@ class Shared(Estimator):
                 train_loss=train_loss,
                 valid_loss=valid_loss,
                 weights=dict(self.model.named_parameters()),
-                learning_rate=weights.learning_rate * batch.lr_scale,
+                learning_rate=weights.learning_rate * batch.scale,
                 weight_decay=self.training.optimizer.weight_decay,
                 clip=self.training.optimizer.clip,
                 velocity=weights.velocity(),
@@ -207,17 +205,17 @@ class Shared(Estimator):
                 curvature=functools.partial(self._curvature, weights),
             )
         )
-        valid_stream.carry = carried
+        valid_stream.keep(carried)
 
     def _update_jointly(self, strategy: SharingStrategy, weights: WeightTraining, batch: Batch, choice: Any) -> float:
         """The weights' update, then the strategy's step from the same pass; the training loss before both."""
         mixture = {name: table.detach().requires_grad_() for name, table in choice.items()}
-        step, carry, masks = weights.steps, weights.stream.carry, weights.masks("weights", batch)
-        rate = weights.learning_rate * batch.lr_scale
+        step, masks = weights.steps, weights.masks("weights", batch)
+        rate = weights.learning_rate * batch.scale
         loss = weights.update(batch, mixture)
 
         def train_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
-            return self._loss(batch, carry, masks, parameters, mixture)[0]
+            return self._loss(batch, masks, parameters, mixture).value
 
         def valid_loss(parameters: Any, mixture: Mixture) -> torch.Tensor:
             raise ValueError("a joint strategy learns by the training loss; no validation batch is drawn for it")
@@ -241,11 +239,9 @@ class Shared(Estimator):
         )
         return loss
 
-    def _loss(
-        self, batch: Batch, carry: State, masks: Any, parameters: Any, mixture: Mixture
-    ) -> tuple[torch.Tensor, State]:
+    def _loss(self, batch: Batch, masks: Any, parameters: Any, mixture: Mixture) -> Loss:
         # the look-ahead leaves penalties out, as DARTS does
-        return functional_call(self.model, dict(parameters), (batch, carry, masks, mixture, False))
+        return functional_call(self.model, dict(parameters), (batch, masks, mixture, False))
 
     def _progress(self, weights: WeightTraining) -> float:
         """Share of the training's steps that are done; the number of steps is an estimate, the end is not."""
@@ -261,13 +257,11 @@ class Shared(Estimator):
         mixture = {name: table.detach().to(self.device) for name, table in mixture.items()}
         stream = self.task.stream("train", self.batches, self.seed)
         stream.load_state_dict(to_device(weights.stream.state_dict(), self.device))
-        batches: list[tuple[Batch, State]] = []
+        batches: list[Batch] = []
         for _ in range(n_batches):
-            batch = stream.next()
-            batch = batch.to(self.device)
-            batches.append((batch, stream.carry))
+            batches.append(stream.next().to(self.device))
             with torch.no_grad():
-                _, stream.carry = self.model(batch, stream.carry, {}, mixture, False)
+                stream.keep(self.model(batches[-1], {}, mixture, False).state)
         seed = derive(self.seed, "curvature", weights.salt, weights.steps)
         found = diagonal(method, self.model, batches, mixture, seed)
         if not all(torch.isfinite(table).all() for table in found.values()):

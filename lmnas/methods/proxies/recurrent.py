@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lmnas.core.contracts import Body
 from lmnas.core.seeds import generator
 from lmnas.methods.proxies.statistics import Undefined, cosine_score, covariance_score
 
@@ -72,7 +73,7 @@ class Signals:
 
     def __init__(
         self,
-        body: nn.Module,
+        body: Body,
         embedding: Tensor,
         tokens: Tensor,
         seed: int,
@@ -85,7 +86,7 @@ class Signals:
         self.embedded = F.embedding(tokens, self.embedding)
         self.gradients = gradients
         self.codes = ActivationCodes(tokens.shape[1]) if activations else None
-        self.layers: list[nn.Module] = list(getattr(body, "layers", [body]))
+        self.layers: list[nn.Module] = list(body.stacked())
         self.depth = None if gradients or activations else depth
 
     @cached_property
@@ -108,7 +109,7 @@ class Signals:
             for number, (layer, outputs) in enumerate(zip(self.layers, seen, strict=True), start=1)
         ]
         embedded = self.embedded.clone().requires_grad_(self.gradients)
-        state = self.body.initial_state(self.tokens.shape[1])  # type: ignore[operator]
+        state = self.body.initial_state(self.tokens.shape[1])
         states = []
         try:
             with torch.set_grad_enabled(self.gradients), self.codes or contextlib.nullcontext():
@@ -154,7 +155,7 @@ class Signals:
         noise = noise * self.embedded.var(dim=1, keepdim=True, correction=0)
         # columns do not see each other: one pass for all amplitudes
         noisy = torch.cat([self.embedded + amplitude * noise for amplitude in AMPLITUDES], dim=1).requires_grad_()
-        state = self.body.initial_state(noisy.shape[1])  # type: ignore[operator]
+        state = self.body.initial_state(noisy.shape[1])
         (gradient,) = torch.autograd.grad(self.body(noisy, state, {})[0].sum(), noisy)
         parts = gradient.movedim(1, 0).flatten(1).split(self.tokens.shape[1])
         return dict(zip(AMPLITUDES, parts, strict=True))
@@ -245,14 +246,9 @@ def _embedding_gradient(signals: Signals) -> Tensor:
     return torch.zeros_like(signals.embedding).index_add_(0, signals.tokens.flatten(), gradient.flatten(0, 1))
 
 
-def _matrices(body: nn.Module) -> Iterable[tuple[Tensor, Tensor]]:
+def _matrices(body: Body) -> Iterable[tuple[Tensor, Tensor]]:
     """(weight, gradient) of the matrices that count for synaptic saliency: all, or those that the body names."""
-    if hasattr(body, "salient"):
-        yield from body.salient()  # type: ignore[operator]
-        return
-    for parameter in body.parameters():
-        if parameter.ndim >= 2 and parameter.grad is not None:
-            yield parameter.detach(), parameter.grad
+    yield from body.salient()
 
 
 def hidden_saliency(signals: Signals) -> float:
@@ -273,13 +269,12 @@ def hidden_saliency(signals: Signals) -> float:
     return _finite(total)
 
 
-def _hidden(body: nn.Module, state: Tensor) -> list[Tensor]:
+def _hidden(body: Body, state: Tensor) -> list[Tensor]:
     """Per layer (B, H): the part of a state that was its layer's output."""
-    if hasattr(body, "hidden"):
-        return body.hidden(state)  # type: ignore[operator]
-    if state.ndim == 2:
-        return [state]
-    raise Undefined("the body does not say which part of its state is hidden")
+    found = body.hidden(state)
+    if not found:
+        raise Undefined("the body does not say which part of its state is hidden")
+    return found
 
 
 def _finite(total: Tensor) -> float:
@@ -332,9 +327,7 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
-def measure(
-    body: nn.Module, embedding: Tensor, tokens: Tensor, metrics: Iterable[str], seed: int
-) -> dict[str, float | str]:
+def measure(body: Body, embedding: Tensor, tokens: Tensor, metrics: Iterable[str], seed: int) -> dict[str, float | str]:
     """All `metrics` of an initialised body from the passes that they share.
 
     Args:

@@ -9,7 +9,7 @@ from lmnas.nn.curvature.generic import (
     softmax_form,
     squared_gradients,
 )
-from lmnas.nn.curvature.models import METHODS, Classifier, Method, diagonal
+from lmnas.nn.curvature.models import METHODS, Method, RecurrentSupernet, diagonal
 from lmnas.nn.curvature.recurrent import recurrent_diagonal, softmax_head
 from lmnas.nn.curvature.weights import WEIGHT_METHODS, recursion_weights, sampled_weights
 
@@ -18,8 +18,8 @@ __all__ = [
     "WEIGHT_METHODS",
     "Chain",
     "ChainCurvature",
-    "Classifier",
     "Method",
+    "RecurrentSupernet",
     "chain_diagonal",
     "diagonal",
     "exact_diagonal",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Batch, State, Task
+from lmnas.core.contracts import Batch, Model, SoftmaxModel, State, Task
 from lmnas.core.errors import Emptied, UserError
 from lmnas.core.job import Job
 from lmnas.core.seeds import rng
@@ -59,7 +59,7 @@ class Sparsity:
     curvature_batches: int = 4
 
 
-def layout(model: nn.Module) -> Layout:
+def layout(model: Model) -> Layout:
     """The strips of a tied language model of LSTM or plain recurrent layers.
 
     Dimension n of the embedding is the last layer's unit n and the first layer's input n: one family. Every inner layer
@@ -68,9 +68,8 @@ def layout(model: nn.Module) -> Layout:
     Raises:
         UserError: another body.
     """
-    body: Any = getattr(model, "body", None)
-    layers: Any = getattr(body, "layers", ())
-    if not len(layers) or not all(type(layer) in (nn.LSTM, nn.RNN) for layer in layers):
+    body, layers = model.body, list[Any](model.body.stacked())
+    if not isinstance(model, SoftmaxModel) or not all(type(layer) in (nn.LSTM, nn.RNN) for layer in layers):
         raise UserError(
             f"a body of type {type(body).__name__} has no strips of units to take out; expected layers of LSTM or "
             "plain recurrent units (spaces lstm and recurrent-layers)"
@@ -94,21 +93,20 @@ def layout(model: nn.Module) -> Layout:
     return Layout((Family(OUTER, layers[last].hidden_size, outer), *inner))
 
 
-def upcoming(weights: WeightTraining, task: Task, training: Training, n: int, index: int) -> list[tuple[Batch, State]]:
+def upcoming(weights: WeightTraining, task: Task, training: Training, n: int, index: int) -> list[Batch]:
     """`n` successive training batches from a random place, each with the state carried to it."""
     stream = task.stream("train", training.batch_settings(task), weights.seed)
     skipped = rng(weights.seed, "curvature", index).randrange(max(1, stream.steps_per_epoch - n - 1))
     for _ in range(skipped):
         stream.next()
-    batches: list[tuple[Batch, State]] = []
-    carry: State = None
+    batches: list[Batch] = []
+    state: State = None
     with torch.no_grad():
         while len(batches) < n:
-            batch = stream.next()
-            batch = Batch(batch.inputs.to(weights.device), batch.targets.to(weights.device))
-            if carry is not None:  # the first one warms the state up
-                batches.append((batch, carry))
-            _, carry = weights.model(batch, carry, {}, None, False)
+            batch = replace(stream.next().to(weights.device), state=state)
+            if state is not None:  # the first one warms the state up
+                batches.append(batch)
+            state = weights.model(batch, {}, None, False).state
     return batches
 
 
@@ -135,7 +133,7 @@ def break_even(strips: Layout, weights: Weights, curvature: Weights) -> float:
 
 
 def sparsify(
-    model: nn.Module, task: Task, training: Training, sparsity: Sparsity, seed: int, job: Job, device: torch.device
+    model: Model, task: Task, training: Training, sparsity: Sparsity, seed: int, job: Job, device: torch.device
 ) -> dict[str, Any]:
     """Train `model` until some of its strips are zero; it holds the result, dead strips set to zero.
 
@@ -150,6 +148,7 @@ def sparsify(
     training = replace(training, optimizer=optimizer, epochs=sparsity.rounds * sparsity.round_epochs)
     batches = training.batch_settings(task)
     strips = layout(model)
+    assert isinstance(model, SoftmaxModel)
     weights = WeightTraining(model, task, training, seed, device)
     parameters = dict(model.named_parameters())
     recovery, loss_mean = Recovery(job), Mean()

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Choice, Diagram, EdgeTable, Masks, Mixture
+from lmnas.core.contracts import Choice, Diagram, EdgeTable, ImageBody, Masks, Mixture, Supernet
 from lmnas.core.decisions import Decisions, OneOf, Subset
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.genotype import Genotype
@@ -225,7 +225,7 @@ class Layer(nn.Module):
         return self.join(torch.cat([*read, F.relu(y)], dim=1), columns)
 
 
-class MacroNetwork(nn.Module):
+class MacroNetwork(ImageBody):
     """A network of the space: images (B, 3, S, S) -> features (B, F).
 
     Attributes:
@@ -237,11 +237,11 @@ class MacroNetwork(nn.Module):
     def __init__(
         self, steps: Sequence[Step], width: int, reductions: Sequence[int], growth: int, separable: bool, norm: Norm
     ):
-        super().__init__()
+        super().__init__(width)
         if width * growth < 2:
             raise UserError(f"width {width} without growth: a reduction needs at least 2 channels")
         self.steps = tuple(steps)
-        self.width = channels = width
+        channels = width
         self.halved = frozenset(reductions)
         self.stem = ConvNorm(3, width, 3, norm, relu=False)
         self.layers = nn.ModuleList()
@@ -259,9 +259,6 @@ class MacroNetwork(nn.Module):
         """He normal by fan_in (the authors' code); `init_range` is of other kinds of body."""
         initialise(self, generator)
 
-    def initial_state(self, batch_size: int) -> None:
-        return None
-
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
         """Drop-path, rate `path`: layers that read skips go without their operation, each image its own. ENAS' macro
         networks were trained without."""
@@ -271,10 +268,6 @@ class MacroNetwork(nn.Module):
         layers = [number for number, step in enumerate(self.steps, start=1) if step.sources]
         like = self.stem.conv.weight
         return {f"layer_{number}": draw_mask((batch_size, 1, 1, 1), rate, generator, like) for number in layers}
-
-    def forward(self, inputs: Tensor, state: None, masks: Masks, choice: Choice = None) -> tuple[Tensor, None]:
-        """`choice` is ignored: a stand-alone network can do one thing."""
-        return self.maps(inputs, masks, choice)[0], None
 
     def maps(self, inputs: Tensor, masks: Masks, choice: Choice = None) -> tuple[Tensor, Tensor]:
         """Features, and the newest layer (B, C', S', S') just after the last reduction."""
@@ -312,7 +305,7 @@ def _reduction_name(number: int, source: int) -> str:
     return f"after_{number}_of_{source}"
 
 
-class MacroSupernet(MacroNetwork):
+class MacroSupernet(MacroNetwork, Supernet):
     """The weights of every network of a space; runs one path (a Genotype) or a mixture (table name -> weights).
 
     Its batch norms always use batch statistics.

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Choice, Masks
+from lmnas.core.contracts import Body, Choice, ImageBody, Masks, Supernet
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype
 from lmnas.nn.ops.conv import (
@@ -213,11 +213,11 @@ class Cell(nn.Module):
         return torch.cat([states[node] for node in self.program.outputs], 1), None
 
 
-class Network(nn.Module):
+class Network(ImageBody):
     """The body (B, 3, S, S) -> (B, F) of one architecture; F = `n_features`."""
 
     def __init__(self, programs: Programs, width: int, layout: Layout, norms: Norms):
-        super().__init__()
+        super().__init__(width)
         n_outputs = {kind: len(program.outputs) for kind, program in programs.items()}
         self._frame(width, layout, norms, n_outputs)
         self.cells = nn.ModuleList(
@@ -226,7 +226,6 @@ class Network(nn.Module):
         self.n_nodes = len(programs["normal"].nodes)
 
     def _frame(self, width: int, layout: Layout, norms: Norms, n_outputs: Mapping[str, int]) -> None:
-        self.width = width
         self.layout = layout
         channels = [place.channels * n_outputs[place.kind] for place in places(layout, width, n_outputs)]
         self.n_features = channels[-1]
@@ -236,9 +235,6 @@ class Network(nn.Module):
     def initialise(self, generator: torch.Generator, init_range: float) -> None:
         """He normal by fan in; `init_range` is for bodies without batch norm."""
         initialise(self, generator)
-
-    def initial_state(self, batch_size: int) -> None:
-        """Images carry nothing on."""
 
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
         """`path_i` (N, 2, B, 1, 1, 1) for cell i: drop-path for its nodes' operations at `rates["path"]`.
@@ -253,12 +249,8 @@ class Network(nn.Module):
         shape = (self.n_nodes, 2, batch_size, 1, 1, 1)
         return {f"path_{i}": draw_mask(shape, rate * share, generator, like) for i, share in enumerate(grown)}
 
-    def forward(self, inputs: Tensor, state: None, masks: Masks, choice: Choice = None) -> tuple[Tensor, None]:
-        """(B, 3, S, S) -> the last cell's channels, each averaged over the pixels: (B, F)."""
-        return self.maps(inputs, masks, choice)[0], None
-
     def maps(self, inputs: Tensor, masks: Masks, choice: Choice = None) -> tuple[Tensor, Tensor]:
-        """The features (B, F), and what an auxiliary head reads: (B, `auxiliary_channels`, S', S')."""
+        """The last cell's channels, averaged over the pixels, and the map that an auxiliary head reads."""
         # the layout that convolutions, pools and norms are fastest in; what follows keeps it
         stem: State = (self.stem(inputs.contiguous(memory_format=torch.channels_last)), None)
         states, auxiliary = (stem, stem), stem
@@ -345,7 +337,7 @@ class SupernetCell(nn.Module):
         return torch.cat(nodes, 1), None
 
 
-class SupernetNetwork(Network):
+class SupernetNetwork(Network, Supernet):
     """The weights of every architecture of a space; runs one path (a Genotype) or a mixture.
 
     Its features and map have the channels of all nodes, zeros where a path does not concatenate a node; `columns` says
@@ -353,7 +345,7 @@ class SupernetNetwork(Network):
     """
 
     def __init__(self, space: CellSpace, width: int, layout: Layout, norms: Norms):
-        nn.Module.__init__(self)
+        Body.__init__(self, width)
         n_outputs = dict.fromkeys(KINDS, space.n_nodes)
         self._frame(width, layout, norms, n_outputs)
         self.space = space

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Choice, Diagram, Masks
+from lmnas.core.contracts import Choice, Diagram, ImageBody, Masks
 from lmnas.core.decisions import Decisions, OneOf
 from lmnas.core.genotype import Genotype
 from lmnas.nn.ops.dropout import draw_mask
@@ -76,13 +76,12 @@ class BasicBlock(nn.Module):
         return F.relu(shortcut + branch)
 
 
-class ResNetBody(nn.Module):
+class ResNetBody(ImageBody):
     """(B, 3, S, S) -> (B, 4C)."""
 
     def __init__(self, n: int, width: int):
-        super().__init__()
-        self.width = width
-        self.n_features = self.auxiliary_channels = 4 * width
+        super().__init__(width, 4 * width)
+        self.auxiliary_channels = 4 * width
         self.conv = nn.Conv2d(3, width, 3, 1, 1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         channels = [width * 2**stage for stage in range(STAGES) for _ in range(n)]
@@ -103,9 +102,6 @@ class ResNetBody(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def initial_state(self, batch_size: int) -> None:
-        return None
-
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
         """`path_i` (B, 1, 1, 1): whether an image goes through the i-th block or past it (the first one never)."""
         rate, like = rates.get("path", 0.0), self.conv.weight
@@ -122,6 +118,3 @@ class ResNetBody(nn.Module):
             if i == self.tapped:
                 tapped = outputs
         return outputs.mean((2, 3)), tapped
-
-    def forward(self, inputs: Tensor, state: None, masks: Masks, choice: Choice = None) -> tuple[Tensor, None]:
-        return self.maps(inputs, masks, choice)[0], None

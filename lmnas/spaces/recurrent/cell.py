@@ -16,10 +16,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Choice, Diagram, EdgeTable, Masks, Mixture
+from lmnas.core.contracts import Body, Choice, Diagram, EdgeTable, Masks, Mixture
 from lmnas.core.decisions import Decisions, OneOf
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.genotype import Genotype
+from lmnas.nn.curvature import RecurrentSupernet
 from lmnas.nn.kernels import (
     OPS,
     BatchNorm,
@@ -82,6 +83,7 @@ class RecurrentCell(Stated):
         self.output: Output = output
         self.sharing = sharing
         self.batch_norm: BatchNorm = batch_norm
+        self.batch_normed = batch_norm != "none"
         self.none = none
         first = self.activations if input_activation == "searched" else (input_activation,)
         self.decisions = Decisions(
@@ -173,14 +175,14 @@ def _draw_masks(body: nn.Module, width: int, batch_size: int, rates: Mapping[str
     }
 
 
-class Cell(nn.Module):
+class Cell(Body):
     """A stand-alone recurrent cell: (T, B, H) -> (T, B, H), no biases, initial h = 0."""
 
     def __init__(self, program: Program, width: int, batch_norm: BatchNorm = "none"):
-        super().__init__()
+        super().__init__(width)
         self.program = program
-        self.width = width
         self.batch_norm: BatchNorm = batch_norm
+        self.batch_normed = batch_norm != "none"
         self.w_input = nn.Parameter(torch.empty(2 * width, 2 * width))
         self.w_nodes = nn.ParameterList(torch.empty(width, 2 * width) for _ in program.inputs)
 
@@ -241,13 +243,13 @@ class Cell(nn.Module):
         )
 
 
-class CellSupernet(nn.Module):
+class CellSupernet(RecurrentSupernet):
     """The weights of every cell of a space; runs one path (a Genotype) or a mixture (table name -> weights)."""
 
     def __init__(self, space: RecurrentCell, width: int):
-        super().__init__()
+        super().__init__(width)
         self.space = space
-        self.width = width
+        self.batch_norm, self.batch_normed, self.output = space.batch_norm, space.batch_norm != "none", space.output
         n_weights = space.n_nodes if space.sharing == "node" else first_edge(space.n_nodes + 1)
         self.w_input = nn.Parameter(torch.empty(2 * width, 2 * width))
         self.w_nodes = nn.ParameterList(torch.empty(width, 2 * width) for _ in range(n_weights))
@@ -286,6 +288,9 @@ class CellSupernet(nn.Module):
         else:
             raise ValueError("a supernet needs a choice: a genotype or a mixture")
         return hs, hs[-1]
+
+    def tables(self) -> tuple[EdgeTable, ...]:
+        return self.space.tables()
 
     def encode(self, mixture: Mixture) -> tuple[Tensor, Tensor, Tensor]:
         """Weights by operation code, as the kernels take them: p_input (K,), p_edges (E, K), output_weights (N+1,)."""

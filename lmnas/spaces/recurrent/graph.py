@@ -27,7 +27,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Choice, Diagram, Masks
+from lmnas.core.contracts import Body, Choice, Diagram, Masks
 from lmnas.core.decisions import Choices, Decisions
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.genotype import Genotype
@@ -568,12 +568,11 @@ def apply(op: str, inputs: Sequence[Tensor]) -> Tensor:
     return F.leaky_relu(a, 0.01)
 
 
-class GraphBody(nn.Module):
+class GraphBody(Body):
     """A stack of layers of one cell: (T, B, H) -> (T, B, H). State: (n, B, sum of the layers' widths)."""
 
     def __init__(self, recipe: Mapping[str, Any], width: int, layers: Sequence[int]):
-        super().__init__()
-        self.width = width
+        super().__init__(width)
         self.widths = list(layers)
         self.layers = nn.ModuleList(
             GraphLayer(recipe, before, own) for before, own in zip((width, *layers), layers, strict=False)
@@ -586,6 +585,9 @@ class GraphBody(nn.Module):
             bound = 1.0 / math.sqrt(width)
             for parameter in layer.parameters():
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def stacked(self) -> list[nn.Module]:
+        return list(self.layers)
 
     def hidden(self, state: Tensor) -> list[Tensor]:
         """Per layer (B, H): state 0, which was the layer's output."""

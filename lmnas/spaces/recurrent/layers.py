@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Choice, Diagram, Masks
+from lmnas.core.contracts import Body, Choice, Diagram, Masks
 from lmnas.core.decisions import Decisions, OneOf
 from lmnas.core.genotype import Genotype
 from lmnas.nn.ops.dropout import draw_mask
@@ -62,12 +62,11 @@ class RecurrentLayers(Stated, StandAlone):
         return Diagram(self.name, nodes, tuple((a, b, "") for a, b in itertools.pairwise(keys)))
 
 
-class LayersBody(nn.Module):
+class LayersBody(Body):
     """(T, B, H) -> (T, B, H). State: for every layer its parts, h and (LSTM) c, stacked to (1 or 2, B, units)."""
 
     def __init__(self, cell: str, inner: list[int], width: int):
-        super().__init__()
-        self.width = width
+        super().__init__(width)
         sizes = [width, *inner, width]
         self.layers = nn.ModuleList(CELLS[cell](a, b) for a, b in itertools.pairwise(sizes))
 
@@ -77,6 +76,9 @@ class LayersBody(nn.Module):
             bound = 1.0 / math.sqrt(layer.hidden_size)  # type: ignore[arg-type]
             for parameter in layer.parameters():
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def stacked(self) -> list[nn.Module]:
+        return list(self.layers)
 
     def hidden(self, state: tuple[Tensor, ...]) -> list[Tensor]:
         """Per layer (B, units): h, which was the layer's output."""

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Choice, Diagram, Masks
+from lmnas.core.contracts import Body, Choice, Diagram, Masks
 from lmnas.core.decisions import Decisions, OneOf
 from lmnas.core.genotype import Genotype
 from lmnas.nn.ops.dropout import draw_mask
@@ -48,12 +48,11 @@ class LSTM(Stated, StandAlone):
         return Diagram("lstm", tuple(nodes), tuple((a, b, "") for a, b in itertools.pairwise(keys)))
 
 
-class LSTMBody(nn.Module):
+class LSTMBody(Body):
     """(T, B, H) -> (T, B, H). State: per layer (h, c), stacked to (layers, 2, B, H)."""
 
     def __init__(self, layers: int, width: int):
-        super().__init__()
-        self.width = width
+        super().__init__(width)
         self.layers = nn.ModuleList(nn.LSTM(width, width) for _ in range(layers))
 
     def initialise(self, generator: torch.Generator, init_range: float) -> None:
@@ -61,6 +60,9 @@ class LSTMBody(nn.Module):
         bound = 1.0 / math.sqrt(self.width)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def stacked(self) -> list[nn.Module]:
+        return list(self.layers)
 
     def hidden(self, state: Tensor) -> list[Tensor]:
         """Per layer (B, H): h, which was the layer's output."""

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Choice, Diagram, Mixture
+from lmnas.core.contracts import Body, Choice, Diagram, Masks, Mixture
 from lmnas.core.decisions import Decisions, OneOf, Subset
 from lmnas.core.genotype import Genotype
 from lmnas.nn.kernels import OPS, edges, first_edge, recurrent_mixture
@@ -144,12 +144,12 @@ def _encode(first: str, inputs: Inputs, like: Tensor) -> tuple[Tensor, Tensor, T
     return like.new_tensor([float(op == first) for op in OPS]), p_edges, output_weights
 
 
-class SparseCell(nn.Module):
+class SparseCell(Body):
     """A stand-alone sparse cell: (T, B, H) -> (T, B, H), weights of living nodes only."""
 
     def __init__(self, first: str, inputs: Inputs, width: int):
-        super().__init__()
-        self.first, self.inputs, self.width = first, inputs, width
+        super().__init__(width)
+        self.first, self.inputs = first, inputs
         self.w_input = nn.Parameter(torch.empty(2 * width, 2 * width))
         self.w_nodes = nn.ParameterList(torch.empty(width, 2 * width) for taken in inputs if taken)
 
@@ -157,7 +157,7 @@ class SparseCell(nn.Module):
     initial_state = Cell.initial_state
     draw_masks = Cell.draw_masks
 
-    def forward(self, inputs: Tensor, state: Tensor, masks: dict[str, Tensor], choice: Choice = None) -> Any:
+    def forward(self, inputs: Tensor, state: Tensor, masks: Masks, choice: Choice = None) -> Any:
         """`choice` is ignored: a stand-alone cell can do one thing."""
         p_input, p_edges, output_weights = _encode(self.first, self.inputs, self.w_input)
         mask_x, mask_h = masks.get("x"), masks.get("hidden")

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Choice, Diagram, Masks
+from lmnas.core.contracts import Body, Choice, Diagram, Masks
 from lmnas.core.decisions import Decision, Decisions, OneOf
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype
@@ -237,7 +237,7 @@ class EncoderLayer(nn.Module):
         return self.feed_forward_norm(mixed + self.feed_forward(mixed) * dropped[1])
 
 
-class Encoder(nn.Module):
+class Encoder(Body):
     """(T, B, H) embeddings -> (T, B, F) features, F = `n_features`, the last layer's hidden size. It looks both ways.
 
     A linear map leads to the first layer where its size differs from the embeddings' `width`, and from layer to layer
@@ -247,10 +247,10 @@ class Encoder(nn.Module):
     def __init__(
         self, layers: Sequence[Layer], width: int, network: Network = "flexibert", max_length: int = MAX_LENGTH
     ):
-        super().__init__()
-        self.width, self.n_features, self.max_length = width, layers[-1].hidden, max_length
-        self.hidden = [layer.hidden for layer in layers]
-        sizes = [width, *self.hidden]
+        super().__init__(width, layers[-1].hidden)
+        self.max_length = max_length
+        self.hidden_sizes = [layer.hidden for layer in layers]
+        sizes = [width, *self.hidden_sizes]
         self.bridges = nn.ModuleList(nn.Linear(a, b) if a != b else nn.Identity() for a, b in itertools.pairwise(sizes))
         self.layers = nn.ModuleList(EncoderLayer(layer, network, max_length) for layer in layers)
 
@@ -278,7 +278,7 @@ class Encoder(nn.Module):
         if rates.get("x", 0.0) > 0:
             masks["x"] = draw_mask((batch_size, self.width), rates["x"], generator, like)
         if rates.get("hidden", 0.0) > 0:
-            for i, hidden in enumerate(self.hidden):
+            for i, hidden in enumerate(self.hidden_sizes):
                 shape = (batch_size, hidden)
                 for part in ("operation", "feed_forward"):
                     masks[f"{part}_{i}"] = draw_mask(shape, rates["hidden"], generator, like)

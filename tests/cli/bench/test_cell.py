@@ -48,7 +48,7 @@ def test_the_published_search_step_takes_529_gflop():
     mixture = {"nodes": torch.zeros(36, 5, device="meta")}
     # the reference's mean over nine nodes is one more product for PyTorch
     mean = 2 * 9 * 32 * tokens.numel()
-    assert search_step_flops(sizes) == 3 * (forward_flops(model, Batch(tokens, tokens), mixture) - mean)
+    assert search_step_flops(sizes) == 3 * (forward_flops(model, Batch(tokens, tokens, tokens.numel()), mixture) - mean)
 
 
 def test_lstm_row_trains_an_lstm_of_the_same_sizes(monkeypatch):

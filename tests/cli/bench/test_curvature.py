@@ -38,9 +38,9 @@ def test_training_lowers_the_loss_and_moves_the_switches():
     losses = []
     for steps in (0, 60):
         model, batches, mixture = curvature.network(task, sizes, steps, 0)
-        assert len(batches) == curvature.N_BATCHES and all(carry is not None for _, carry in batches)
+        assert len(batches) == curvature.N_BATCHES and all(batch.state is not None for batch in batches)
         with torch.no_grad():
-            losses.append(sum(model(batch, carry, {}, mixture, False)[0].item() for batch, carry in batches))
+            losses.append(sum(model(batch, {}, mixture, False)[0].item() for batch in batches))
         # n_nodes 2, four operations: a node's shares sum to one where all switches are one
         sums = mixture["nodes"].sum(1)
         assert torch.allclose(sums, torch.tensor([1.0, 0.5, 0.5], dtype=sums.dtype)) == (steps == 0)

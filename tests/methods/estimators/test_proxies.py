@@ -40,9 +40,9 @@ def estimator(task, space=SPACE, **settings):
 def test_it_is_the_metric_of_the_untrained_model(metric, tiny_task, tmp_path):
     genotype = SPACE.sample(random.Random(3))
     score = estimator(tiny_task, metric=metric).estimate(Proposal(genotype), 5, Job(tmp_path))
-    settings = tiny_task.Model(width=8)
+    settings = tiny_task.model_settings(width=8)
     model = initialise(tiny_task.model(SPACE.build(genotype, 8), settings), 5)
-    tokens = tiny_task.stream("valid", tiny_task.Batches(batch_size=4, bptt=9), 5).next().inputs
+    tokens = tiny_task.stream("valid", tiny_task.batch_settings(batch_size=4, bptt=9), 5).next().inputs
     expected = measure(model.body, model.embedding, tokens, [metric], 5)[metric]
     # the task's perplexity is minimised, so a good candidate has a low value
     assert score.value == pytest.approx(-METRICS[metric].sign * expected, rel=1e-6)
@@ -95,7 +95,7 @@ def test_transformer_bodies(tiny_task, tmp_path, monkeypatch):
     genotype = space.sample(random.Random(0))
     found = estimator(tiny_task, space=space, metric="w_pca").estimate(Proposal(genotype), 2, Job(tmp_path)).value
     network = transformer.untrained(space.build(genotype, 8), len(tiny_task.vocabulary), 2)
-    tokens = tiny_task.stream("valid", tiny_task.Batches(batch_size=4, bptt=9), 2).next().inputs
+    tokens = tiny_task.stream("valid", tiny_task.batch_settings(batch_size=4, bptt=9), 2).next().inputs
     assert found == -transformer.measure(network, tokens.t(), ["w_pca"], 2)["w_pca"]
     with pytest.raises(UserError, match=r"hidden_covariance_1' is none of transformer bodies"):
         estimator(tiny_task, space=space)

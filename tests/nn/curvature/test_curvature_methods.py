@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from scipy import stats
 from torch import nn
 
 import lmnas.nn.curvature.models
-from lmnas.core.contracts import Batch
+from lmnas.core.contracts import Batch, Body, Model, SoftmaxModel
 from lmnas.core.errors import UserError
 from lmnas.core.seeds import generator
 from lmnas.nn.curvature import METHODS, diagonal, hutchinson_diagonal, softmax_head
@@ -47,13 +48,14 @@ class Setting:
             for _ in range(STEPS):
                 tokens.append((3 * tokens[-1] + torch.randint(2, (BATCH,), generator=noise)) % WORDS)
             text = torch.stack(tokens)
-            self.batch = Batch(text[:-1], text[1:])
-            loss, self.carry = self.model(self.batch, None, {}, self.mixture, False)
+            batch = Batch(text[:-1], text[1:], text[1:].numel())
+            loss, state = self.model(batch, {}, self.mixture, False)
             optimizer.zero_grad()
             if start is not starts[-1]:
                 loss.backward()
                 optimizer.step()
-        self.batches = [(self.batch, self.carry)]
+        self.batch = replace(batch, state=state)
+        self.batches = [self.batch]
 
     def find(self, method, **options):
         """All tables as one vector, without the entries of `none`."""
@@ -65,7 +67,7 @@ class Setting:
 
     def loss(self, mixture):
         with torch.no_grad():
-            return self.model(self.batch, self.carry, {}, mixture, False)[0].item()
+            return self.model(self.batch, {}, mixture, False)[0].item()
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_gauss_newton_is_that_of_the_jacobian(steps, space):
     setting = Setting(steps, n_nodes=2, **space)
 
     def logits(table):
-        features = setting.model.features(setting.batch, setting.carry, {"nodes": table})
+        features = setting.model.features(setting.batch, {"nodes": table})
         return F.linear(features, *setting.model.output_layer())
 
     at = setting.mixture["nodes"]
@@ -165,7 +167,7 @@ def test_hutchinson_is_unbiased(trained):
     values = trained.mixture["nodes"]
 
     def loss(values):
-        features = trained.model.features(trained.batch, trained.carry, {"nodes": values})
+        features = trained.model.features(trained.batch, {"nodes": values})
         return F.cross_entropy(F.linear(features, *trained.model.output_layer()), trained.batch.targets.flatten())
 
     hessian = torch.autograd.functional.hessian(loss, values).view(values.numel(), -1)
@@ -195,8 +197,8 @@ def test_recursion_through_the_model_is_exact_for_one_step_of_one_node():
         "input": torch.tensor([[0.4, -0.7]], dtype=DOUBLE),
         "nodes": torch.tensor([[0.3, 0.6, 0.9]], dtype=DOUBLE),
     }
-    batch = Batch(torch.randint(7, (1, 5), generator=noise), torch.randint(7, (1, 5), generator=noise))
-    batches = [(batch, torch.randn(5, 1, generator=noise, dtype=DOUBLE)), (batch, None)]
+    batch = Batch(torch.randint(7, (1, 5), generator=noise), torch.randint(7, (1, 5), generator=noise), 5)
+    batches = [replace(batch, state=torch.randn(5, 1, generator=noise, dtype=DOUBLE)), batch]
     exact = diagonal("exact", model, batches, mixture, 0)
     found = diagonal("recursion", model, batches, mixture, 0)
     for name in mixture:
@@ -224,13 +226,13 @@ def test_softmax_head_is_exact():
 def test_batches_are_averaged_and_nothing_changes(method, trained):
     """The same seed, the same result; the model's weights want their gradients afterwards, and have none."""
     other = Setting(seed=3)
-    batches = [*trained.batches, (other.batch, None)]
+    batches = [*trained.batches, replace(other.batch, state=None)]
     mixture = trained.mixture
     found = diagonal(method, trained.model, batches, mixture, 7)["nodes"]
     again = diagonal(method, trained.model, batches, mixture, 7)["nodes"]
     assert torch.equal(found, again) and not found.requires_grad
     if METHODS[method].draws == 0:
-        parts = [diagonal(method, trained.model, [pair], mixture, 7)["nodes"] for pair in batches]
+        parts = [diagonal(method, trained.model, [batch], mixture, 7)["nodes"] for batch in batches]
         assert torch.allclose(found, sum(parts) / 2, rtol=1e-12)
     else:
         assert not torch.equal(found, diagonal(method, trained.model, batches, mixture, 8)["nodes"])
@@ -239,7 +241,7 @@ def test_batches_are_averaged_and_nothing_changes(method, trained):
     if method != "hutchinson":  # whose noise is divided by values near zero here
         model = LanguageModel(trained.space.supernet(WIDTH), WORDS, ModelSettings(width=WIDTH))
         model.load_state_dict(trained.model.state_dict())
-        small = diagonal(method, model, [(trained.batch, trained.carry.float())], floats, 7)["nodes"]
+        small = diagonal(method, model, [replace(trained.batch, state=trained.batch.state.float())], floats, 7)["nodes"]
         large = diagonal(method, trained.model, trained.batches, mixture, 7)["nodes"]
         assert small.dtype == torch.float32
         if METHODS[method].draws == 0:
@@ -263,8 +265,8 @@ def test_every_method_runs_plain_kernels_whatever_was_chosen(monkeypatch, traine
     assert kernel_in_use() == "fused"
 
 
-class NoClassifier(nn.Module):
-    pass
+class NoClassifier(Model):
+    initialise = forward = None
 
 
 @pytest.mark.parametrize(
@@ -284,7 +286,13 @@ def test_refusals(method, space, options, message):
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-class Pictures(nn.Module):
+class Still(Body):
+    """A body that nothing asks for more than its facts."""
+
+    initialise = forward = None
+
+
+class Pictures(SoftmaxModel):
     """A mixture of two linear maps with activations before a softmax: (B, 5) -> 3 classes, no state."""
 
     def __init__(self, norm=False):
@@ -292,9 +300,12 @@ class Pictures(nn.Module):
         noise = generator(0, "pictures")
         self.maps = nn.Parameter(torch.randn(2, 5, 4, generator=noise, dtype=DOUBLE))
         self.head = nn.Parameter(torch.randn(3, 4, generator=noise, dtype=DOUBLE))
+        self.body = Still(1)
         self.norm = nn.BatchNorm1d(4, affine=False).double() if norm else nn.Identity()
 
-    def features(self, batch, carry, choice=None):
+    initialise = forward = None
+
+    def features(self, batch, choice=None):
         return self.norm(torch.einsum("k,bi,kih->bh", choice["ops"][0], batch.inputs, self.maps).tanh())
 
     def output_layer(self):
@@ -303,30 +314,30 @@ class Pictures(nn.Module):
 
 def test_models_without_time_or_state():
     noise = generator(1, "pictures")
-    batch = Batch(torch.randn(40, 5, generator=noise, dtype=DOUBLE), torch.randint(3, (40,), generator=noise))
+    batch = Batch(torch.randn(40, 5, generator=noise, dtype=DOUBLE), torch.randint(3, (40,), generator=noise), 40)
     mixture = {"ops": torch.tensor([[0.7, 0.4]], dtype=DOUBLE)}
     model = Pictures()
-    found = {name: diagonal(name, model, [(batch, None)], mixture, 0)["ops"] for name in ("exact", "gauss-newton")}
+    found = {name: diagonal(name, model, [batch], mixture, 0)["ops"] for name in ("exact", "gauss-newton")}
     logits = torch.autograd.functional.jacobian(
-        lambda w: F.linear(model.features(batch, None, {"ops": w}), model.head), mixture["ops"]
+        lambda w: F.linear(model.features(batch, {"ops": w}), model.head), mixture["ops"]
     )
-    p = F.linear(model.features(batch, None, mixture), model.head).softmax(-1)[..., None, None]
+    p = F.linear(model.features(batch, mixture), model.head).softmax(-1)[..., None, None]
     expected = ((p * logits.square()).sum(1) - (p * logits).sum(1).square()).mean(0)
     assert torch.allclose(found["gauss-newton"], expected, rtol=1e-10)
     assert not torch.allclose(found["exact"], expected, rtol=1e-2)
-    sampled = diagonal("sampled", model, [(batch, None)], mixture, 0, draws=300)["ops"]
+    sampled = diagonal("sampled", model, [batch], mixture, 0, draws=300)["ops"]
     assert torch.allclose(sampled, expected, rtol=0.1)
     with pytest.raises(UserError, match="batch norm in training mode couples the examples"):
-        diagonal("sampled", Pictures(norm=True), [(batch, None)], mixture, 0)
-    assert diagonal("sampled", Pictures(norm=True).eval(), [(batch, None)], mixture, 0)["ops"].min() > 0
+        diagonal("sampled", Pictures(norm=True), [batch], mixture, 0)
+    assert diagonal("sampled", Pictures(norm=True).eval(), [batch], mixture, 0)["ops"].min() > 0
 
 
 def test_models_that_do_not_suit():
     setting = Setting(n_nodes=1)
     with pytest.raises(UserError, match="NoClassifier has no softmax layer"):
         diagonal("exact", NoClassifier(), setting.batches, setting.mixture, 0)
-    with pytest.raises(UserError, match="got Linear"):
-        model = LanguageModel(nn.Linear(1, 1), 3, ModelSettings(width=1))
+    with pytest.raises(UserError, match="got Still"):
+        model = LanguageModel(Still(1), 3, ModelSettings(width=1))
         diagonal("recursion", model, setting.batches, setting.mixture, 0)
 
 

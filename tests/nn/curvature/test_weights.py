@@ -22,7 +22,7 @@ def language_model(cell, inner=(), width=3):
 
 def segment(time, batch):
     tokens = torch.randint(V, (time + 1, batch), generator=generator(0, "tokens"))
-    return Batch(tokens[:-1], tokens[1:])
+    return Batch(tokens[:-1], tokens[1:], tokens[1:].numel())
 
 
 def plain_logits(model, weights, batch):
@@ -42,7 +42,7 @@ def exact(model, batch):
     weights = {name: value.detach() for name, value in model.named_parameters()}
     probabilities = plain_logits(model, weights, batch).softmax(-1)
     assert torch.allclose(
-        plain_logits(model, weights, batch), F.linear(model.features(batch, None), model.embedding, model.bias)
+        plain_logits(model, weights, batch), F.linear(model.features(batch), model.embedding, model.bias)
     )
     return {
         name: gauss_newton_diagonal(
@@ -60,7 +60,7 @@ def test_sampled_gradients_are_unbiased():
     mean = {name: torch.zeros_like(value) for name, value in expected.items()}
     n = 1500
     for k in range(n):
-        for name, value in sampled_weights(model, [(batch, None)], 0, k).items():
+        for name, value in sampled_weights(model, [batch], 0, k).items():
             mean[name] += value / n
     for name, value in expected.items():
         assert torch.allclose(mean[name], value, rtol=0.25, atol=0.01 * value.max().item()), name
@@ -70,7 +70,7 @@ def test_sampled_gradients_are_unbiased():
 def test_one_step_of_the_recursion_is_exact_up_to_the_tie():
     """One step from zero: no weight is met twice but the embedding's, whose uses are added without their product."""
     model, batch = language_model("rnn"), segment(1, 4)
-    expected, found = exact(model, batch), recursion_weights(model, [(batch, None)])
+    expected, found = exact(model, batch), recursion_weights(model, [batch])
     for name in expected:
         if name != "embedding":
             assert torch.allclose(found[name], expected[name], rtol=1e-10), name
@@ -82,22 +82,22 @@ def test_one_step_of_the_recursion_is_exact_up_to_the_tie():
 def test_the_two_methods_agree_in_size():
     """Over several steps the recursion leaves out what couples them: within a factor of two here, summed by weight."""
     model, batch = language_model("rnn"), segment(4, 6)
-    expected, found = exact(model, batch), recursion_weights(model, [(batch, None)])
+    expected, found = exact(model, batch), recursion_weights(model, [batch])
     for name in expected:
         assert 0.5 < found[name].sum() / expected[name].sum() < 2, name
 
 
 def test_batches_are_averaged_by_their_predictions():
     model, first, second = language_model("rnn"), segment(2, 1), segment(4, 1)
-    both = recursion_weights(model, [(first, None), (second, None)])
-    one, two = recursion_weights(model, [(first, None)]), recursion_weights(model, [(second, None)])
+    both = recursion_weights(model, [first, second])
+    one, two = recursion_weights(model, [first]), recursion_weights(model, [second])
     for name in both:
         assert torch.allclose(both[name], (2 * one[name] + 4 * two[name]) / 6)
 
 
 def test_labels_are_drawn_anew_by_index_alone():
     model, batch = language_model("lstm", [2]), segment(3, 2)
-    first, again, other = (sampled_weights(model, [(batch, None)], 0, k) for k in (0, 0, 1))
+    first, again, other = (sampled_weights(model, [batch], 0, k) for k in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["embedding"], other["embedding"])
     assert all(value.min() >= 0 for value in first.values())
@@ -106,4 +106,4 @@ def test_labels_are_drawn_anew_by_index_alone():
 @pytest.mark.parametrize("cell, inner", [("lstm", ()), ("rnn", (2,))])
 def test_the_recursion_is_for_one_plain_layer(cell, inner):
     with pytest.raises(UserError, match="one plain recurrent layer"):
-        recursion_weights(language_model(cell, inner), [(segment(2, 1), None)])
+        recursion_weights(language_model(cell, inner), [segment(2, 1)])

@@ -31,7 +31,7 @@ def language_model(cell="lstm", inner=(), width=5, seed=0):
 
 def segment(seed=0, time=6, batch=3):
     tokens = torch.randint(V, (time + 1, batch), generator=generator(seed, "tokens"))
-    return Batch(tokens[:-1], tokens[1:])
+    return Batch(tokens[:-1], tokens[1:], tokens[1:].numel())
 
 
 def positions(strips, weights, family, unit):
@@ -237,18 +237,18 @@ def test_the_smaller_dense_network_is_the_masked_one(cell, inner):
     kept = {f.name: torch.tensor([n not in killed[f.name] for n in range(f.size)]) for f in strips.families}
     thresholds = {name: torch.where(living, 0.0, math.inf).double() for name, living in kept.items()}
     with torch.no_grad():
-        before = model(segment(), None, {})[0]
+        before = model(segment(), {})[0]
     strips.shrink({k: v.data for k, v in weights.items()}, thresholds)
     sizes = [int(kept[f"layer {i + 1}"].sum()) for i in range(len(inner))]
     small = language_model(cell, sizes, width=3, seed=9)
     small.load_state_dict(strips.cut(model.state_dict(), kept))
     with torch.no_grad():
-        masked, state = model(segment(), None, {})
-        loss, smaller_state = small(segment(), None, {})
+        masked, state = model(segment(), {})
+        loss, smaller_state = small(segment(), {})
         assert torch.allclose(loss, masked, rtol=1e-14, atol=0)
         assert not torch.allclose(before, masked, rtol=1e-3)
-        features = model.features(segment(), None)
-        assert torch.allclose(small.features(segment(), None), features[:, kept["embedding"]], rtol=1e-13, atol=1e-15)
+        features = model.features(segment())
+        assert torch.allclose(small.features(segment()), features[:, kept["embedding"]], rtol=1e-13, atol=1e-15)
         assert (features[:, ~kept["embedding"]] == 0).all()
         later = segment(seed=1)
         assert torch.allclose(small(later, smaller_state, {})[0], model(later, state, {})[0], rtol=1e-14, atol=0)
@@ -260,7 +260,7 @@ def test_a_dead_strip_gets_no_gradient():
     strips, weights = layout(model), dict(model.named_parameters())
     dead = torch.tensor([0.0, math.inf, 0.0, 0.0], dtype=DOUBLE)
     strips.shrink({k: v.data for k, v in weights.items()}, {"embedding": dead})
-    model(segment(), None, {})[0].backward()
+    model(segment(), {})[0].backward()
     norms = strips.norms({k: v.grad for k, v in weights.items()})["embedding"]
     assert norms[1] == 0 and (norms[[0, 2, 3]] > 1e-3).all()
 
