@@ -11,7 +11,7 @@ import resource
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmnas.core.contracts import Batch, Choice, Model, Space
 from lmnas.nn.kernels import DEFAULT_CHUNK, Decided, planning
+
+M = TypeVar("M", bound=nn.Module)
 
 LIBRARIES = 64 * 2**20
 """Bytes that libraries of products take at their first use, and the allocator's remains."""
@@ -56,7 +58,7 @@ class Forecast:
         return int(SLACK * sum(parts)) + LIBRARIES
 
 
-def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+def on_meta(make: Callable[[], M]) -> M:
     """A model without memory."""
     with torch.device("meta"):
         return make()

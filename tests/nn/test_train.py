@@ -152,7 +152,7 @@ def test_cosine_and_progress_are_of_the_batch_in_hand(tiny_task):
     seen, saved = [], None
     while weights.stream.epoch < 4:
         epoch = weights.stream.epoch
-        batch = weights.draw()
+        weights.draw()
         seen.append((epoch, weights.learning_rate, weights.progress))
         weights.skip()
         if len(seen) == 9:
