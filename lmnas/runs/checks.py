@@ -8,13 +8,21 @@ from typing import Any
 import torch
 
 from lmnas.core import registry
-from lmnas.runs.recipe import Recipe
+from lmnas.core.contracts import Space, Task
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype, load_genotype
-from lmnas.runs.jobs import count_parameters, covering_space, open_device, open_space, open_strategy, open_task, space_for
-from lmnas.core.contracts import Space, Task
 from lmnas.core.seeds import rng
 from lmnas.nn.train import n_parameters
+from lmnas.runs.jobs import (
+    count_parameters,
+    covering_space,
+    open_device,
+    open_space,
+    open_strategy,
+    open_task,
+    space_for,
+)
+from lmnas.runs.recipe import Recipe
 
 
 def preflight(recipe: Recipe) -> None:

@@ -17,19 +17,19 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from lmnas.runs.recipe import Recipe
 from lmnas.core.errors import Interrupted, UserError
-from lmnas.runs.executors.inline import Inline, default_threads
 from lmnas.core.files import digest, write_atomic, write_json
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import read_result, read_spec
+from lmnas.nn.sparsity.training import Sparsity, layout
+from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE, save
+from lmnas.runs.checks import preflight
+from lmnas.runs.directory import Run, environment
+from lmnas.runs.executors.inline import Inline, default_threads
 from lmnas.runs.jobs import DENSE, covering_space, load_model, open_device, open_task
 from lmnas.runs.kernel_choice import read_pin, write_pin
-from lmnas.runs.checks import preflight
 from lmnas.runs.progress import Display, Stop
-from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE, save
-from lmnas.runs.directory import Run, environment
-from lmnas.nn.sparsity.training import Sparsity, layout
+from lmnas.runs.recipe import Recipe
 
 FORMAT = 1
 SPEC = "dense.json"

@@ -24,13 +24,13 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
-from lmnas.runs.recipe import Recipe, differences, load_recipe, resolved
-from lmnas.core.version import VERSION
+from lmnas.core.contracts import Objective, Space, Trial
 from lmnas.core.errors import UserError
 from lmnas.core.files import append_line, move_into_place, not_written, write_atomic, write_json
 from lmnas.core.genotype import Genotype
+from lmnas.core.version import VERSION
 from lmnas.nn.kernels import kernel_in_use
-from lmnas.core.contracts import Objective, Space, Trial
+from lmnas.runs.recipe import Recipe, differences, load_recipe, resolved
 
 NOT_THE_EXPERIMENT = ("execution",)
 """Sections that may differ when a run is continued."""

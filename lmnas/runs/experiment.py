@@ -17,14 +17,20 @@ from typing import Any
 import optuna
 
 from lmnas.core import registry
-from lmnas.runs.recipe import Recipe
+from lmnas.core.contracts import Cost, Proposal, Space, Strategy, Trial
 from lmnas.core.errors import Interrupted, UserError
-from lmnas.methods.estimators.shared import prepared_strategy
-from lmnas.runs.executors.inline import Inline, NamedSpec, default_threads
-from lmnas.runs.executors.processes import Processes
 from lmnas.core.files import PREPARED, write_atomic, write_json
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.job import read_result, read_spec
+from lmnas.core.seeds import rng
+from lmnas.methods.estimators.shared import prepared_strategy
+from lmnas.nn.kernels import must_compile, unavailable
+from lmnas.report.html import write_report
+from lmnas.report.verdict import summarise
+from lmnas.runs.checks import given_genotype, preflight
+from lmnas.runs.directory import Record, Run, environment
+from lmnas.runs.executors.inline import Inline, NamedSpec, default_threads
+from lmnas.runs.executors.processes import Processes
 from lmnas.runs.jobs import (
     count_parameters,
     covering_space,
@@ -37,16 +43,10 @@ from lmnas.runs.jobs import (
     open_task,
     space_for,
 )
-from lmnas.nn.kernels import must_compile, unavailable
 from lmnas.runs.kernel_choice import FILE, Pin, read_pin, write_pin
 from lmnas.runs.plan import RECURRENT, plan
-from lmnas.runs.checks import given_genotype, preflight
 from lmnas.runs.progress import Display, Stop, seconds_text
-from lmnas.core.contracts import Cost, Proposal, Space, Strategy, Trial
-from lmnas.report.html import write_report
-from lmnas.runs.directory import Record, Run, environment
-from lmnas.core.seeds import rng
-from lmnas.report.verdict import summarise
+from lmnas.runs.recipe import Recipe
 
 STAGES = ("search", "select", "train", "test", "report")
 FORMAT = 1

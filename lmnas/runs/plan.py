@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from lmnas.core import registry
-from lmnas.runs.recipe import Recipe, load_recipe, resolved
+from lmnas.core.contracts import Batch, Choice, Model, SharingStrategy, Space, Task
 from lmnas.core.errors import UserError
-from lmnas.runs.executors.inline import default_threads
+from lmnas.core.seeds import rng
 from lmnas.nn.cost import (
     PLAIN_FLOPS,
     Forecast,
@@ -27,13 +27,13 @@ from lmnas.nn.cost import (
     step_forecast,
     training_bytes,
 )
-from lmnas.runs.jobs import build_model, open_device, open_space, open_strategy, open_task, space_for
 from lmnas.nn.kernels import DEFAULT_CHUNK, Decided, decide, unavailable
-from lmnas.runs.kernel_choice import Pin, read_pin
-from lmnas.runs.checks import given_genotype
-from lmnas.core.contracts import Batch, Choice, Model, SharingStrategy, Space, Task
-from lmnas.core.seeds import rng
 from lmnas.nn.train import Training
+from lmnas.runs.checks import given_genotype
+from lmnas.runs.executors.inline import default_threads
+from lmnas.runs.jobs import build_model, open_device, open_space, open_strategy, open_task, space_for
+from lmnas.runs.kernel_choice import Pin, read_pin
+from lmnas.runs.recipe import Recipe, load_recipe, resolved
 
 SMALL_CHUNK = DEFAULT_CHUNK // 8
 """Logits held at once where memory is short."""

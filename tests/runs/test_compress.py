@@ -13,18 +13,18 @@ import torch
 import yaml
 
 import lmnas
-from lmnas.runs import jobs
 from lmnas.cli.main import main
 from lmnas.core.errors import Interrupted
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
-from lmnas.runs.jobs import smaller_genotype
 from lmnas.core.seeds import generator
-from lmnas.spaces.recurrent.layers import LayersBody
 from lmnas.nn.sparsity import training as sparse_training
 from lmnas.nn.sparsity.training import Sparsity, layout, sparsify
-from lmnas.tasks.language_modeling import ModelSettings
 from lmnas.nn.train import Training
+from lmnas.runs import jobs
+from lmnas.runs.jobs import smaller_genotype
+from lmnas.spaces.recurrent.layers import LayersBody
+from lmnas.tasks.language_modeling import ModelSettings
 
 WIDTH = 10
 TRAINING = tiny.training(

@@ -14,15 +14,14 @@ import yaml
 from killing import assert_same, child, finished, go, incidents, until
 
 from lmnas.cli.main import main as cli
-
-from lmnas.runs import jobs
-from lmnas.runs.recipe import load_recipe
 from lmnas.core.errors import Interrupted, UserError
-from lmnas.runs.executors.processes import MAX_LOST, Processes
 from lmnas.core.files import read_events
 from lmnas.core.genotype import load_genotype
 from lmnas.core.job import read_result
+from lmnas.runs import jobs
 from lmnas.runs.directory import Run
+from lmnas.runs.executors.processes import MAX_LOST, Processes
+from lmnas.runs.recipe import load_recipe
 
 
 @pytest.fixture(scope="module", autouse=True)

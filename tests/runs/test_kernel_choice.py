@@ -11,17 +11,14 @@ import yaml
 from killing import assert_same, go, incidents
 
 from lmnas.cli.main import main as cli
-
-from lmnas.runs import experiment
-
-from lmnas.runs import plan
-from lmnas.runs.recipe import load_recipe
 from lmnas.core.errors import UserError
-from lmnas.runs.experiment import Experiment
 from lmnas.nn.kernels import DEFAULT_CHUNK, cross_entropy, dispatch, fused, kernel_in_use
+from lmnas.runs import experiment, plan
+from lmnas.runs.directory import Run
+from lmnas.runs.experiment import Experiment
 from lmnas.runs.kernel_choice import FILE, Pin, read_pin, write_pin
 from lmnas.runs.progress import Display
-from lmnas.runs.directory import Run
+from lmnas.runs.recipe import load_recipe
 
 SHORT = ("search",)
 

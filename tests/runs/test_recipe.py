@@ -7,6 +7,8 @@ import tiny
 import yaml
 
 from lmnas.core import registry
+from lmnas.core.errors import UserError
+from lmnas.core.genotype import load_genotype
 from lmnas.runs.recipe import (
     RECIPES,
     SECTIONS,
@@ -18,8 +20,6 @@ from lmnas.runs.recipe import (
     resolved,
     trainings,
 )
-from lmnas.core.errors import UserError
-from lmnas.core.genotype import load_genotype
 from lmnas.tasks import language_modeling
 
 
