@@ -185,7 +185,7 @@ def _stage(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | None) -> int:
     from lmnas.core.contracts import Objective
-    from lmnas.report.tables import plain_lines
+    from lmnas.report.tables import plain_text
     from lmnas.runs.checks import preflight
     from lmnas.runs.directory import Run
     from lmnas.runs.experiment import STAGES, Experiment
@@ -209,8 +209,8 @@ def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | N
         document = {**results, "run": str(path), "report": str(report)}
         lines = []
         if results["verdict"]:
-            table = plain_lines(results["verdict"], Objective(**results["objective"]))
-            lines = [*table, "", results["verdict"]["sentence"]]
+            table = plain_text(results["verdict"], Objective(**results["objective"]))
+            lines = [table, "", results["verdict"]["sentence"]]
         if stage == "test":
             document["reloaded"] = reloaded = experiment.reload()
             lines.append(f"saved model, loaded back: {reloaded['value']:.6f} (recorded {reloaded['recorded']:.6f})")

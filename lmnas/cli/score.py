@@ -24,6 +24,7 @@ from lmnas.core.contracts import Body, Space
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.seeds import generator, rng
+from lmnas.core.text import columns
 from lmnas.methods.proxies import predictor, transformer
 from lmnas.methods.proxies.recurrent import METRICS, measure
 from lmnas.methods.proxies.statistics import Undefined
@@ -312,20 +313,13 @@ def run(options: Any, say: Callable[[str], None]) -> dict[str, Any]:
 def text(document: Mapping[str, Any]) -> str:
     """Aligned columns; `-` where a metric is undefined, the reasons below."""
     metrics = document["metrics"]
-    table = [["architecture", *metrics]]
-    for row in document["scores"]:
-        shown = [row["metrics"][name] for name in metrics]
-        table.append([row["name"], *("-" if value is None else f"{value:,.6g}" for value in shown)])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in table
+    rows = [
+        [row["name"], *("-" if (value := row["metrics"][name]) is None else f"{value:,.6g}" for name in metrics)]
+        for row in document["scores"]
     ]
     reasons = {(name, why) for row in document["scores"] for name, why in row["undefined"].items()}
-    return "\n".join([*lines, *(f"{name}: undefined where {why}" for name, why in sorted(reasons))])
+    lines = [f"{name}: undefined where {why}" for name, why in sorted(reasons)]
+    return "\n".join([columns(["architecture", *metrics], rows), *lines])
 
 
 def csv_text(document: Mapping[str, Any]) -> str:

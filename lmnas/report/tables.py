@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmnas.core.contracts import Objective
+from lmnas.core.text import columns
 from lmnas.report.verdict import format_value
 
 Verdict = Mapping[str, Any]
@@ -39,15 +40,9 @@ def rows(verdict: Verdict) -> list[list[str]]:
     ]
 
 
-def plain_lines(verdict: Verdict, objective: Objective) -> list[str]:
+def plain_text(verdict: Verdict, objective: Objective) -> str:
     """The table in aligned columns."""
-    table = [header(verdict, objective), *rows(verdict)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(map(_align, row, widths, range(len(row)))) for row in table]
-
-
-def _align(cell: str, width: int, column: int) -> str:
-    return cell.rjust(width) if column else cell.ljust(width)
+    return columns(header(verdict, objective), rows(verdict))
 
 
 def format_count(value: float | None) -> str:

@@ -23,6 +23,7 @@ from lmnas.core.files import PREPARED, write_atomic, write_json
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.job import read_result, read_spec
 from lmnas.core.seeds import rng
+from lmnas.core.text import seconds_text
 from lmnas.methods.estimators.shared import prepared_strategy
 from lmnas.nn.kernels import must_compile, unavailable
 from lmnas.report.html import write_report
@@ -45,7 +46,7 @@ from lmnas.runs.jobs import (
 )
 from lmnas.runs.kernel_choice import FILE, Pin, read_pin, write_pin
 from lmnas.runs.plan import RECURRENT, plan
-from lmnas.runs.progress import Display, Stop, seconds_text
+from lmnas.runs.progress import Display, Stop
 from lmnas.runs.recipe import Recipe
 
 STAGES = ("search", "select", "train", "test", "report")

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from lmnas.core.text import seconds_text
+
 LINE_SECONDS = 15.0
 """Plain lines of one job are at least so far apart."""
 
@@ -94,13 +96,3 @@ class Stop:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.previous = {}
-
-
-def seconds_text(seconds: float) -> str:
-    """`75` -> `1 min 15 s`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"

@@ -118,7 +118,7 @@ def test_rows():
     ]
 
 
-def test_plain_lines_are_aligned():
-    lines = tables.plain_lines(verdict(), PERPLEXITY)
+def test_plain_text_is_aligned():
+    lines = tables.plain_text(verdict(), PERPLEXITY).splitlines()
     assert lines[0].startswith("model       test perplexity, mean   95 % interval")
     assert len(set(map(len, lines))) == 1

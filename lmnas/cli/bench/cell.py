@@ -22,7 +22,6 @@ from lmnas.cli.bench.machine import Watch, clock, processor, product_rates
 from lmnas.cli.bench.options import (
     add_common,
     chosen_rows,
-    columns,
     positive,
     settle_device,
     settle_kernel,
@@ -30,6 +29,7 @@ from lmnas.cli.bench.options import (
 )
 from lmnas.cli.bench.rows import ROWS, Row, Sizes, search_step_flops
 from lmnas.core.errors import UserError
+from lmnas.core.text import columns
 from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE
 
 HELP = "speed and memory of the recurrent cell and the loss, ours against the published codes' formulation"

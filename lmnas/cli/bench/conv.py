@@ -20,11 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from lmnas.cli.bench.cell import measure
 from lmnas.cli.bench.contract import Say
 from lmnas.cli.bench.machine import clock, processor
-from lmnas.cli.bench.options import chosen_rows, columns, positive, settle_device, settle_threads
+from lmnas.cli.bench.options import chosen_rows, positive, settle_device, settle_threads
 from lmnas.cli.bench.rows import Row
 from lmnas.core.contracts import Batch, Choice
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.seeds import generator, rng
+from lmnas.core.text import columns
 from lmnas.nn.ops.conv import DepthwiseSeparable, SeparableConv
 from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE
 from lmnas.runs.jobs import covering_space

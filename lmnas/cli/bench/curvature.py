@@ -23,9 +23,10 @@ from torch import Tensor
 
 from lmnas.cli.bench.contract import Say
 from lmnas.cli.bench.machine import clock, processor
-from lmnas.cli.bench.options import chosen_rows, columns, positive, settle_kernel, settle_threads
+from lmnas.cli.bench.options import chosen_rows, positive, settle_kernel, settle_threads
 from lmnas.core.contracts import Batch, Mixture
 from lmnas.core.seeds import generator
+from lmnas.core.text import columns
 from lmnas.nn.curvature import METHODS, diagonal, exact_diagonal
 from lmnas.nn.kernels import Decided, recurrent_mixture, set_kernel
 from lmnas.report.plots import FAINT, STYLE

@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from lmnas.cli.bench import peak
 from lmnas.cli.bench.contract import Say
 from lmnas.cli.bench.machine import processor
-from lmnas.cli.bench.options import add_common, chosen_rows, columns, settle_kernel, settle_threads
+from lmnas.cli.bench.options import add_common, chosen_rows, settle_kernel, settle_threads
 from lmnas.cli.bench.rows import ROWS, Row, Sizes
 from lmnas.core.contracts import Model
 from lmnas.core.genotype import Genotype
+from lmnas.core.text import columns
 from lmnas.nn.cost import step_forecast
 from lmnas.nn.kernels import Decided
 from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE

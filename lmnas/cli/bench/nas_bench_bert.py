@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.genotype import Genotype
 from lmnas.core.seeds import generator, rng
+from lmnas.core.text import columns
 from lmnas.methods.proxies.statistics import Undefined, rank_correlations
 from lmnas.methods.proxies.transformer import METRICS, TokenNetwork, measure
 from lmnas.nn.ops.embedding import TokenEmbedding
@@ -363,6 +364,24 @@ def _published(models: Sequence[Model], names: Sequence[str], seed: int) -> dict
 def text(document: Mapping[str, Any]) -> str:
     """The table of a document of `run`."""
     size, strata = document["batch"], list(document["strata"])
+    header = ["metric", "tau", "interval", "rho", "n", "published", "of 500", "inside", *strata]
+    rows = []
+    for name, found in sorted(document["metrics"].items(), key=lambda item: -item[1]["kendall_tau"]):
+        column = document["published"].get(name)
+        cells = [document["strata"][stratum].get(name) for stratum in strata]
+        rows.append(
+            [
+                name,
+                f"{found['kendall_tau']:.3f}",
+                _interval(found),
+                f"{found['spearman_rho']:.3f}",
+                str(found["n"]),
+                f"{column['kendall_tau']:.3f}" if column else "",
+                f"{PUBLISHED[name]:.3f}" if name in PUBLISHED else "",
+                _with_interval(document["inside"].get(name)),
+                *(f"{cell['kendall_tau']:.3f}" if cell else "-" for cell in cells),
+            ]
+        )
     lines = [
         f"NAS-Bench-BERT: {document['n']} models ({document['n_networks']} networks, `{document['network']}`), "
         f"{size['sequences']} x {size['length']} tokens, seed {document['seed']}, {document['seconds']:.0f} s",
@@ -370,21 +389,9 @@ def text(document: Mapping[str, Any]) -> str:
         "`published`: the released values on the same models, and on all 500; then tau inside depth x hidden size, "
         "pooled and one by one",
         "",
-        f"{'metric':31}{'tau':>7}{'interval':>18}{'rho':>7}{'n':>5}{'published':>11}{'of 500':>8}  {'inside':>25}"
-        + "".join(f"{stratum:>9}" for stratum in strata),
+        columns(header, rows),
+        *(f"{name}: undefined for {reason}" for name, reason in document["undefined"].items()),
     ]
-    ranked = sorted(document["metrics"].items(), key=lambda item: -item[1]["kendall_tau"])
-    for name, found in ranked:
-        column = document["published"].get(name)
-        inside = [document["strata"][stratum].get(name) for stratum in strata]
-        lines.append(
-            f"{name:31}{found['kendall_tau']:7.3f}{_interval(found):>18}{found['spearman_rho']:7.3f}{found['n']:5d}"
-            + (f"{column['kendall_tau']:11.3f}" if column else f"{'':11}")
-            + (f"{PUBLISHED[name]:8.3f}" if name in PUBLISHED else f"{'':8}")
-            + f"  {_with_interval(document['inside'].get(name)):>25}"
-            + "".join(f"{cell['kendall_tau']:9.3f}" if cell else f"{'-':>9}" for cell in inside)
-        )
-    lines += [f"{name}: undefined for {reason}" for name, reason in document["undefined"].items()]
     return "\n".join(lines)
 
 

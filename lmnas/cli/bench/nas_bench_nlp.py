@@ -28,6 +28,7 @@ from lmnas.core.errors import UserError
 from lmnas.core.files import append_line
 from lmnas.core.genotype import Genotype
 from lmnas.core.seeds import rng
+from lmnas.core.text import columns
 from lmnas.methods.proxies import predictor
 from lmnas.methods.proxies.recurrent import METRICS
 from lmnas.methods.proxies.statistics import Undefined, rank_correlations
@@ -261,24 +262,22 @@ def _plain_rate(documents: Sequence[dict[str, Any]], metrics: Sequence[str], pro
 
 def text(document: Mapping[str, Any]) -> str:
     """One line a metric."""
-    lines = [f"{'metric':<30}{'τ':>8}{'95 % interval':>18}{'ρ':>8}{'n':>7}{'published τ':>13}"]
+    rows = []
     for name, row in document["metrics"].items():
         published = document["published"].get(name)
-        lines.append(
-            f"{name:<30}{row['kendall_tau']:>8.3f}{row['low']:>10.3f} {row['high']:>7.3f}{row['spearman_rho']:>8.3f}"
-            f"{row['n']:>7}{'-' if published is None else f'{published:.3f}':>13}"
-        )
+        measured = (f"{row[key]:.3f}" for key in ("kendall_tau", "low", "high", "spearman_rho"))
+        rows.append([name, *measured, str(row["n"]), "-" if published is None else f"{published:.3f}"])
     replay = document["regret"]
-    lines += [
+    orders = [
+        [name, *(f"{m:.3f} ± {h - m:.3f}" for m, h in zip(row["mean"], row["high"], strict=True))]
+        for name, row in replay["orders"].items()
+    ]
+    lines = [
+        columns(["metric", "τ", "95 % from", "to", "ρ", "n", "published τ"], rows),
         "",
         f"regret in nats after so many trainings, mean of {replay['pools']} searches with pools of "
         f"{replay['pool_size']} ± half of the 95 % interval",
-        f"{'order':<30}" + "".join(f"{count:>14}" for count in replay["evaluations"]),
-    ]
-    lines += [
-        f"{name:<30}"
-        + "".join(f"{f'{m:.3f} ± {h - m:.3f}':>14}" for m, h in zip(row["mean"], row["high"], strict=True))
-        for name, row in replay["orders"].items()
+        columns(["order", *map(str, replay["evaluations"])], orders),
     ]
     speed = document["speed"]
     if speed:

@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -67,15 +67,3 @@ def settle_device(name: str) -> torch.device:
         return open_device(name)
     except UserError as error:
         raise UserError(str(error).replace("execution.device", "--device")) from None
-
-
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal: the first column flush left, numbers flush right."""
-    widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *rows)
-    )

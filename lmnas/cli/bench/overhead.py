@@ -20,11 +20,12 @@ from torch import nn
 
 from lmnas.cli.bench.contract import Say
 from lmnas.cli.bench.machine import processor
-from lmnas.cli.bench.options import add_common, chosen_rows, columns, settle_kernel, settle_threads
+from lmnas.cli.bench.options import add_common, chosen_rows, settle_kernel, settle_threads
 from lmnas.core.contracts import Task
 from lmnas.core.genotype import load_genotype
 from lmnas.core.job import Job
 from lmnas.core.registry import component, create
+from lmnas.core.text import columns
 from lmnas.methods.estimators.shared import Shared
 from lmnas.nn.train import Optimizer, Training, fit, initialise
 from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE
