@@ -248,7 +248,7 @@ def trainings() -> Iterator[Case]:
             f"augment/{name}",
             image_recipe(space=space(name), estimator=shared, train={"seeds": 1, "training": augmented}),
         )
-    few = image_training(model={"width": 2, "auxiliary": 0.4})
+    few = image_training()
     few["batches"] |= {"max_train_images": 24, "max_valid_images": 12, "batch_size": 12, "crop": 4}
     for name in ("darts-conv", "resnet"):
         yield Case(
@@ -256,10 +256,17 @@ def trainings() -> Iterator[Case]:
             image_recipe(
                 task={"name": "image-classification", "data": "shapes"},
                 space=space(name),
-                estimator={"name": "standalone", "training": {**few, "model": {"width": 2}}},
-                train={"seeds": 1, "training": few if name == "darts-conv" else {**few, "model": {"width": 2}}},
+                estimator={"name": "standalone", "training": few},
+                train={"seeds": 1, "training": few},
                 baselines={"resnet": {"source": "resnet-8"}},
             ),
+        )
+    auxiliary = {"name": "image-classification", "data": "../world/large"}
+    for name in ("darts-conv", "enas-macro"):
+        training = image_training(model={"width": 2, "auxiliary": 0.4, "drop_path": 0.2})
+        yield Case(
+            f"auxiliary/{name}",
+            image_recipe(task=auxiliary, space=space(name), train={"seeds": 1, "training": training}),
         )
 
 
@@ -424,23 +431,28 @@ def cases() -> list[Case]:
 
 def make_world(folder: Path) -> None:
     """The drawn text and pictures that all cases read."""
-    if (folder / "ready").exists():
+    if (folder / "ready-2").exists():
         return
-    from PIL import Image
-
     draws = random.Random(0)
     words = TEXT.split()
     folder.mkdir(parents=True, exist_ok=True)
     lines = (" ".join(draws.choice(words) for _ in range(6)) + "\n" for _ in range(150))
     (folder / "text.txt").write_text("".join(lines))
-    for split, n in (("train", 10), ("valid", 4), ("test", 4)):
+    draw_pictures(folder / "pictures", {"train": 10, "valid": 4, "test": 4}, 8, draws)
+    draw_pictures(folder / "large", {"train": 3, "valid": 2, "test": 2}, 32, draws)
+    (folder / "ready-2").touch()
+
+
+def draw_pictures(folder: Path, splits: dict[str, int], size: int, draws: random.Random) -> None:
+    """`n` noisy pictures of each of three colours per split: train/red/0.png, ..."""
+    from PIL import Image
+
+    for split, n in splits.items():
         for name, colour in {"red": (220, 40, 30), "green": (30, 200, 60), "blue": (20, 60, 230)}.items():
-            (folder / "pictures" / split / name).mkdir(parents=True, exist_ok=True)
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
             for number in range(n):
-                pixels = bytes(max(0, min(255, c + draws.randint(-60, 60))) for _ in range(64) for c in colour)
-                path = folder / "pictures" / split / name / f"{number}.png"
-                Image.frombytes("RGB", (8, 8), pixels).save(path)
-    (folder / "ready").touch()
+                pixels = bytes(max(0, min(255, c + draws.randint(-60, 60))) for _ in range(size**2) for c in colour)
+                Image.frombytes("RGB", (size, size), pixels).save(folder / split / name / f"{number}.png")
 
 
 # -------------------------------------------------------------------------------------------------------- one checkout
