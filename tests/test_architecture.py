@@ -171,7 +171,7 @@ STILL: dict[str, dict[str, int]] = {
         "lmnas/cli/bench/rows.py": 1,
         "lmnas/cli/score.py": 1,
         "lmnas/cli/show.py": 2,
-        "lmnas/report/plots.py": 2,
+        "lmnas/report/plots.py": 1,
         "lmnas/report/verdict.py": 7,
         "lmnas/runs/compress.py": 1,
         "lmnas/runs/jobs.py": 3,

@@ -45,6 +45,11 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "language-modeling": "lmnas.tasks.language_modeling:LanguageModeling",
         "image-classification": "lmnas.tasks.image_classification:ImageClassification",
     },
+    "panel": {  # of a detail of a score or a statistic of a search, under its name: `module:function`
+        "confusion": "lmnas.report.panels.classification:confusion",
+        "calibration": "lmnas.report.panels.classification:calibration",
+        "updates": "lmnas.report.panels.pruning:updates",
+    },
 }
 
 

@@ -19,9 +19,14 @@ def header(verdict: Verdict, objective: Objective) -> list[str]:
         interval,
         "n",
         "parameters",
-        f"{objective.items or 'tokens'}/s",
+        f"{items(objective)}/s",
         "seconds",
     ]
+
+
+def items(objective: Objective) -> str:
+    """What predictions are made for, and throughput counts."""
+    return objective.items or "tokens"
 
 
 def rows(verdict: Verdict) -> list[list[str]]:

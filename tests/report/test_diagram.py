@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 
 from lmnas.core.contracts import Diagram
-from lmnas.report import diagram as cells
+from lmnas.report.diagram import ARROW, _lay_out, draw
 
 
 def recurrent(inputs, name="cell"):
@@ -40,7 +40,7 @@ DIAGRAMS = {
 
 def svg(diagram):
     buffer = io.BytesIO()
-    cells.draw(diagram, buffer)
+    draw(diagram, buffer)
     return buffer.getvalue().decode()
 
 
@@ -55,7 +55,7 @@ def test_every_label_is_drawn_and_bytes_repeat(diagram):
 @pytest.mark.parametrize("diagram", DIAGRAMS.values(), ids=DIAGRAMS)
 def test_nothing_overlaps(diagram):
     """Boxes and lanes of a column stand apart, columns too, and connections bend only between columns."""
-    layout = cells._lay_out(diagram)
+    layout = _lay_out(diagram)
     for first, second in combinations(layout.y, 2):
         if layout.columns[first] == layout.columns[second]:
             apart = (layout.heights.get(first, 0) + layout.heights.get(second, 0)) / 2
@@ -64,11 +64,11 @@ def test_nothing_overlaps(diagram):
     for source, target in layout.links:
         left, right = (columns.index(layout.columns[end]) for end in (source, target))
         assert right == left + 1
-        assert layout.columns[target][0] > layout.columns[source][1] + cells.ARROW[0]
+        assert layout.columns[target][0] > layout.columns[source][1] + ARROW[0]
 
 
 def test_png(tmp_path):
-    cells.draw(DIAGRAMS["darts-v2"], tmp_path / "cell.png", "png")
+    draw(DIAGRAMS["darts-v2"], tmp_path / "cell.png", "png")
     assert (tmp_path / "cell.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -5,9 +5,10 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from searches import epoch, pruned
 
 from lmnas.core.contracts import Objective
-from lmnas.report.html import write_report
+from lmnas.report.html import _read_curves, write_report
 from lmnas.report.verdict import summarise
 
 OBJECTIVE = {"name": "perplexity", "unit": "per word", "direction": "minimize"}
@@ -27,7 +28,7 @@ class Checker(HTMLParser):
         for key, value in attrs:
             assert key not in ("src", "srcset") and not key.startswith("on")
             if key in ("href", "xlink:href"):
-                assert value.startswith("#")
+                assert value.startswith(("#", "data:image/png;"))
             if key == "id":
                 self.ids.append(value)
         if tag not in VOID:
@@ -174,6 +175,48 @@ def test_a_table_of_too_many_classes_is_listed_alone(run_dir):
     (run_dir / "results.json").write_text(json.dumps(results))
     text = check(write_report(run_dir))
     assert "True classes against predicted" not in text and re.search(r"c0\s*c1\s*1", text)
+
+
+def test_details_without_a_panel_are_shown_as_data(run_dir):
+    results = json.loads((run_dir / "results.json").read_text())
+    results["details"] = {"model": "searched", "seed": 4, "bleu": {EVIL: 31.5}, "confusion": []}
+    (run_dir / "results.json").write_text(json.dumps(results))
+    text = check(write_report(run_dir))
+    assert "by the model that is handed over (seed 4)" in text and "bleu" in text and "31.5" in text
+    assert "confusion" not in text
+
+
+def test_the_noun_is_the_records(run_dir):
+    results = json.loads((run_dir / "results.json").read_text()) | {"noun": "decoder"}
+    (run_dir / "results.json").write_text(json.dumps(results))
+    text = check(write_report(run_dir))
+    assert "The decoder" in text and "The cell" not in text
+
+
+def test_a_search_is_drawn_from_the_last_epoch_with_updates(run_dir):
+    events = [epoch(1, statistics=pruned()), epoch(2, statistics={"updates": []})]
+    write_events(run_dir, "search-7", events)
+    text = check(write_report(run_dir))
+    assert "Prior variances, 1 of 4 switches alive at the end; search 7, lambda 0.005, table 'nodes'" in text
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("search-2", ("search", "searched", 2)),
+        ("search-0-trial-5", ("search", "searched", 0)),
+        ("select-abc-3", ("select", "random", 3)),
+        ("select-unknown-3", ("select", "searched", 3)),
+        ("train-my-lstm-2-1", ("train", "my-lstm-2", 1)),
+        ("search-0-other-5", None),
+        ("test-lstm-0", None),
+    ],
+)
+def test_curves_are_those_of_the_jobs_name(tmp_path, name, expected):
+    write_events(tmp_path, name, [{"event": "epoch", "epoch": 1}])
+    results = {"candidates": [{"genotype_id": "abc", "source": "random"}]}
+    found = [(curve.stage, curve.model, curve.seed) for curve in _read_curves(tmp_path / "jobs", results)]
+    assert found == ([expected] if expected else [])
 
 
 def test_names_cannot_become_markup(run_dir):

@@ -1,15 +1,13 @@
 """Curves as SVG text, and the verdict's table in its three forms."""
 
+from searches import epoch
+
 from lmnas.core.contracts import Objective
 from lmnas.report import plots, tables
 from lmnas.report.plots import Curve
 from lmnas.report.verdict import summarise
 
 PERPLEXITY = Objective("perplexity", "per word", "minimize")
-
-
-def epoch(number, valid=None, **more):
-    return {"event": "epoch", "epoch": number, "step": number, "train_loss": 5.0 / number, "valid": valid, **more}
 
 
 def test_learning_curves_show_every_model_once_and_repeat():
@@ -19,7 +17,7 @@ def test_learning_curves_show_every_model_once_and_repeat():
     assert svg == plots.learning_curves(curves, PERPLEXITY)
     for text in ("searched", "lstm", "gru", "validation perplexity", "training loss (nats)"):
         assert svg.count(f">{text}</text>") == 1
-    assert plots.MODEL_COLOURS["lstm"] in svg
+    assert plots.MODEL_COLOURS["searched"] in svg and plots.OTHER_COLOURS[1] in svg
 
 
 def test_nothing_to_draw_is_none():
@@ -40,45 +38,6 @@ def test_search_curves_average_a_table_over_its_edges():
     captions = [caption for caption, _ in plots.search_curves([curve])]
     assert captions == ["How undecided the search is", "Weights of the operations, table 'edges'"]
     assert plots._mixtures(curve) == {"edges": ([1, 2], ["tanh", "relu"], [[0.3, 0.7], [0.3, 0.7]])}
-
-
-def pruned(n_updates=2):
-    """Statistics of a search with a sparse prior over two edges and two operations; one switch lives."""
-    update = {
-        "gamma": [[2.0, 1e-10], [0.01, 0.02]],
-        "w2h": [[3.0, 0.0], [1e-9, 1e-4]],
-        "values": [[1.0, 0.0], [0.0, 0.0]],
-        "alive": [[True, False], [False, False]],
-        "objective": [2.0, 1.0],
-    }
-    return {
-        "lambda": 0.005,
-        "threshold": 0.0585,
-        "mixture": {"nodes": [[0.5, 0.0, 0.0], [0.0, 0.0, 0.0]]},
-        "ops": {"nodes": ["none", "tanh", "relu"]},
-        "operations": {"nodes": ["tanh", "relu"]},
-        "edges": {"nodes": [[1, 0], [2, 0]]},
-        "updates": [
-            {"step": k, "progress": k / n_updates, "alive": 1, "tables": {"nodes": update}} for k in range(n_updates)
-        ],
-    }
-
-
-def test_a_sparse_prior_is_drawn():
-    """Variances by update and which switches live, of the last epoch that has updates; nothing where none has."""
-    curve = Curve("search", "searched", 3, [epoch(1, statistics={"updates": []}), epoch(2, statistics=pruned())])
-    captions, figures = zip(*plots.search_curves([curve]), strict=True)
-    assert captions[1:] == (
-        "Prior variances, 1 of 4 switches alive at the end; search 3, lambda 0.005, table 'nodes'",
-        "Switches that live (marked), and r^2 H / lambda of all; search 3, lambda 0.005, table 'nodes'",
-    )
-    for text in ("tanh", "relu", "threshold", "update"):
-        assert f">{text}</text>" in figures[1]
-    assert "mathdefault" not in figures[1]
-    for text in ("0 to 1", "0 to 2", "gamma"):
-        assert f">{text}</text>" in figures[2]
-    assert figures == tuple(svg for _, svg in plots.search_curves([curve]))
-    assert plots.pruning_figures(Curve("search", "searched", 0, [epoch(1, statistics={"updates": []})])) == []
 
 
 def test_reward_and_baseline():
