@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lmnas.core.files import digest, write_atomic
+from lmnas.core.genotype import Genotype
 from lmnas.core.seeds import rng
 from lmnas.methods.proxies.predictor import Predictor, features
 from lmnas.spaces.recurrent.graph import RecurrentGraph
@@ -38,7 +39,7 @@ def main(table: str, target: str) -> None:
             groups.setdefault(entry["group"], []).append(entry)
     draws = rng(SEED, "trained cells")
     chosen = [draws.choice(groups[group]) for group in draws.sample(sorted(groups), N_CELLS)]
-    cells = [features(space, space.genotype(entry["recipe"])) for entry in chosen]
+    cells = [features(space, space.canonical(Genotype(space.name, entry["recipe"]))) for entry in chosen]
     predictor = Predictor.fit(cells, [entry["ptb"]["test_loss_mean"] for entry in chosen], mean, scale)
     provenance = {
         "table": "NAS-Bench-NLP, PTB test losses (Klyuchnikov et al., 2020, Apache-2.0; Serianni & Kalita, 2023, "

@@ -50,7 +50,9 @@ def test_the_page_has_the_files_and_one_line_for_each():
         contracts.test_genotypes_are_values_of_the_space,
         contracts.test_covering_builds_the_same_from_the_genotype_alone,
         contracts.test_diagrams_are_whole,
-        contracts.test_a_body_keeps_the_shape_and_carries_its_state,
+        contracts.test_a_body_gives_the_features_that_it_says,
+        contracts.test_a_causal_body_reads_no_later_input,
+        contracts.test_a_stateful_body_carries_its_state,
         contracts.test_weights_and_masks_come_from_the_generator_alone,
     ],
 )

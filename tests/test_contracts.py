@@ -15,7 +15,8 @@ import tiny
 import torch
 
 from lmnas.core import registry
-from lmnas.core.contracts import Batch, LearnStep, Objective, Proposal, SharingStrategy
+from lmnas.core.capabilities import Example, lacking
+from lmnas.core.contracts import Batch, LearnStep, Objective, Proposal, Relaxed, SharingStrategy
 from lmnas.core.errors import UserError
 from lmnas.core.files import pack, unpack
 from lmnas.core.genotype import Genotype
@@ -42,6 +43,8 @@ SPACES = [
 ]
 
 every_space = pytest.mark.parametrize("name, settings", SPACES)
+RELAXED = [(name, settings) for name, settings in SPACES if issubclass(registry.component("space", name), Relaxed)]
+every_relaxed_space = pytest.mark.parametrize("name, settings", RELAXED)
 every_strategy = pytest.mark.parametrize("name", registry.names("strategy"))
 every_estimator = pytest.mark.parametrize("name", registry.names("estimator"))
 every_task = pytest.mark.parametrize("name", registry.names("task"))
@@ -69,7 +72,7 @@ def make_space(name, **settings):
 def make_task(name, text):
     """On the small text, or on small pictures beside it."""
     data = text
-    if "image" in registry.component("task", name).kinds:
+    if "image" in registry.component("task", name).takes:
         data = text.parent / "pictures"
         if not data.is_dir():
             tiny.pictures(data, n_train=8, n_valid=3, size=PIXELS)
@@ -78,7 +81,7 @@ def make_task(name, text):
 
 def new_data(task, text):
     """What a user of the trained model would have it score."""
-    return str(text.parent / "pictures" / "test") if "image" in task.kinds else tiny.text(2)
+    return str(text.parent / "pictures" / "test") if "image" in task.takes else tiny.text(2)
 
 
 def settings_for(target):
@@ -99,10 +102,12 @@ def segment(seed=0, time=T):
     return torch.randn(time, B, H, generator=generator(seed, "inputs"), dtype=torch.float64)
 
 
+def example(space, n_features=H):
+    return Example.of(space.makes, H, n_features, B, PIXELS)
+
+
 def inputs_for(space):
-    if space.kind == "image":
-        return torch.randn(B, 3, PIXELS, PIXELS, generator=generator(0, "inputs"), dtype=torch.float64)
-    return segment()
+    return example(space).draw(generator(0, "inputs"))
 
 
 def each_part(state, function):
@@ -170,18 +175,36 @@ def test_diagrams_are_whole(name, settings):
 
 
 @every_space
-def test_a_body_keeps_the_shape_and_carries_its_state(name, settings):
+def test_a_body_gives_the_features_that_it_says(name, settings):
     space = make_space(name, **settings)
-    if space.kind == "image":
-        for genotype in samples(space, 3):
-            body, inputs = make_body(space, genotype), inputs_for(space)
+    for genotype in samples(space, 3):
+        body, inputs = make_body(space, genotype), inputs_for(space)
+        outputs = body(inputs, zero_state(body), {})[0]
+        assert body.width == H and outputs.isfinite().all()
+        assert outputs.shape == example(space, body.n_features).outputs
+        if "image" in space.makes:
             features, auxiliary = body.maps(inputs, {})
-            assert body.width == H and features.shape == (B, body.n_features) and features.isfinite().all()
-            assert auxiliary.shape[:2] == (B, body.auxiliary_channels)
-            assert torch.equal(body(inputs, None, {})[0], features)
-        return
-    if space.kind != "recurrent":
-        pytest.skip(f"{space.kind} bodies have no state to carry")
+            assert torch.equal(outputs, features) and auxiliary.shape[:2] == (B, body.auxiliary_channels)
+
+
+@every_space
+def test_a_causal_body_reads_no_later_input(name, settings):
+    """Others read it: what a space says of itself is true."""
+    space = make_space(name, **settings)
+    if "sequence" not in space.makes:
+        pytest.skip(f"space {name!r} makes no sequence bodies")
+    body, inputs = make_body(space, samples(space, 1)[0]), inputs_for(space)
+    later = inputs.clone()
+    later[T:] += 1.0
+    first, second = (body(i, zero_state(body), {})[0][:T] for i in (inputs, later))
+    assert torch.equal(first, second) == ("causal" in space.makes) == ("bidirectional" not in space.makes)
+
+
+@every_space
+def test_a_stateful_body_carries_its_state(name, settings):
+    space = make_space(name, **settings)
+    if "stateful" not in space.makes:
+        pytest.skip(f"space {name!r} makes no stateful bodies")
     for genotype in samples(space, 3):
         body, inputs = make_body(space, genotype), segment(time=2 * T)
         assert body.width == H
@@ -218,15 +241,12 @@ def test_weights_and_masks_come_from_the_generator_alone(name, settings):
 
 
 def make_supernet(space):
-    try:
-        net = space.supernet(H)
-    except UserError as refusal:
-        pytest.skip(str(refusal))
+    net = space.supernet(H)
     net.initialise(generator(0, "init"), 0.5)
     return net.double()
 
 
-@every_space
+@every_relaxed_space
 def test_a_path_of_the_supernet_is_the_stand_alone_body(name, settings):
     space = make_space(name, **settings)
     net = make_supernet(space)
@@ -256,11 +276,9 @@ def one_hot(space, rng):
     return mixture
 
 
-@every_space
+@every_relaxed_space
 def test_a_one_hot_mixture_is_the_path_that_it_derives(name, settings):
     space = make_space(name, **settings)
-    if not space.tables():
-        pytest.skip(f"space {name!r} has no relaxation")
     net, derived = make_supernet(space), set()
     for seed in range(10):
         mixture = one_hot(space, random.Random(seed))
@@ -274,11 +292,9 @@ def test_a_one_hot_mixture_is_the_path_that_it_derives(name, settings):
     assert len(derived) > 5
 
 
-@every_space
+@every_relaxed_space
 def test_the_relaxation_has_gradients(name, settings):
     space = make_space(name, **settings)
-    if not space.tables():
-        pytest.skip(f"space {name!r} has no relaxation")
     net = make_supernet(space)
     mixture = {
         table.name: torch.full((len(table.edges), len(table.ops)), 1 / len(table.ops), dtype=torch.float64)
@@ -286,7 +302,7 @@ def test_the_relaxation_has_gradients(name, settings):
     }
     leaves = [table.requires_grad_() for table in mixture.values()]
     out = net(inputs_for(space), net.initial_state(B), {}, mixture)[0]
-    assert out.shape == ((B, net.n_features) if space.kind == "image" else (T, B, H))
+    assert out.shape == example(space, net.n_features).outputs
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.square().sum(), leaves))
 
 
@@ -476,7 +492,7 @@ def make_model(task):
     """A model of the task around the first body that it can wrap."""
     for space_name in registry.names("space"):
         space = make_space(space_name)
-        if space.kind in task.kinds:
+        if not lacking(task.takes, space.makes):
             body = space.build(space.sample(random.Random(0)), H)
             return initialise(task.model(body, settings_for(task.model_settings)), 0)
     raise AssertionError(f"no space makes bodies for task {task.name!r}")

@@ -152,7 +152,7 @@ SETTINGS = [
     (["--baselines.searched.source", "random"], "baselines.searched: this name belongs to"),
     (["--baselines.lstm.model.width", "8"], "match_parameters chooses the width"),
     (["--genotype", "lstm-1"], "is of space 'lstm'; this recipe's space is 'recurrent-cell'"),
-    (["--space", "lstm"], "space 'lstm' has no supernet"),
+    (["--space", "lstm"], "estimator 'shared' needs a space with a relaxation; space 'lstm' has none"),
     (["--space", "lstm", "--strategy", "gradient"], "'gradient' needs a space with a relax"),
     (["--task.level", "char", "--task.tokenizer", "words"], "given with level 'char'"),
 ]
@@ -436,14 +436,23 @@ IMAGES = [
     (["--task.valid", "24"], "task.valid 24: pictures has 24 training images; expected 1 to 23"),
     (["--task.data", "cifar"], "data 'cifar' is neither a known image set nor an existing archive or folder. Did you"),
     (["--data", "text.txt"], "not a .tar.gz archive, or damaged"),
-    (["--space", "recurrent-cell"], "space 'recurrent-cell' makes recurrent bodies, task 'image-classification' takes"),
-    (["--task", "language-modeling"], "space 'resnet' makes image bodies, task 'language-modeling' takes recurrent"),
-    (["--baselines.lstm.source", "lstm-1"], "baselines.lstm: 'lstm-1' makes recurrent bodies"),
+    (
+        ["--space", "recurrent-cell"],
+        "task 'image-classification' takes image bodies; space 'recurrent-cell'",
+    ),
+    (
+        ["--task", "language-modeling"],
+        "takes causal sequence bodies; space 'resnet' makes image bodies",
+    ),
+    (
+        ["--baselines.lstm.source", "lstm-1"],
+        "baselines.lstm: task 'image-classification' takes image bodies; space 'lstm'",
+    ),
     (
         ["--estimator", "proxy"],
-        "scores recurrent, transformer bodies; space 'resnet' makes image bodies",
+        "takes sequence bodies; space 'resnet' makes image bodies",
     ),
-    (["--kernel", "fused"], "kernel 'fused' is for recurrent cells; space 'resnet' makes image bodies"),
+    (["--kernel", "fused"], "kernel 'fused': neither space 'resnet' nor task 'image-classification' has one"),
     (["--space.max_blocks", "19"], "space.max_blocks: input should be less than or equal to 18, got 19"),
     (["--train.training.model.auxiliary", "0.4"], "model.auxiliary: the head reads a map of 2 x 2 pixels"),
     (["--train.training.batches.batch_size", "23"], "train.training.batches: batch_size 23: split 'train' has only 22"),
@@ -461,13 +470,11 @@ def test_images(refused, arguments, message):
 def test_switches_of_convolutional_cells(refused):
     write_image_recipe(space={"name": "darts-conv", "cells": 3})
     overrides = ["--strategy", "bayes", "--estimator", "shared"]
-    assert "makes image bodies: strategy 'bayes' is for recurrent ones" in refused("search", "images.yaml", *overrides)
+    assert "'bayes': the batch norms of convolutional cells undo" in refused("search", "images.yaml", *overrides)
 
 
 def test_commands_for_text_refuse_image_networks(refused):
-    assert "makes image bodies, and there are metrics for recurrent and transformer ones only" in refused(
-        "score", "resnet-20"
-    )
+    assert "no metric is defined for image bodies, which space" in refused("score", "resnet-20")
     assert "--vocabulary: genotype resnet-20 is a network for images" in refused(
         "show", "resnet-20", "--vocabulary", "9"
     )
@@ -475,4 +482,4 @@ def test_commands_for_text_refuse_image_networks(refused):
 
 def test_a_norm_that_hides_the_size_of_switches(refused):
     message = refused("search", "tiny.yaml", "--strategy", "bayes")
-    assert message.startswith("space.batch_norm 'nodes': strategy 'bayes' needs 'none'")
+    assert message.startswith("strategy 'bayes': space.batch_norm 'nodes': expected 'none'")

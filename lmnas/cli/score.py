@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from lmnas.core import registry
-from lmnas.core.contracts import Body, Space
-from lmnas.core.errors import UserError, nearest
+from lmnas.core.capabilities import phrase
+from lmnas.core.contracts import Body, GraphSpace, Space
+from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.seeds import generator, rng
 from lmnas.core.text import columns
-from lmnas.methods.proxies import predictor, transformer
-from lmnas.methods.proxies.recurrent import METRICS, measure
-from lmnas.methods.proxies.statistics import Undefined
+from lmnas.methods.proxies.family import Subject, Values, families, family_of, listed, measured
 from lmnas.nn.kernels.library import exact_onednn_products, keep_freed_memory
 from lmnas.runs.jobs import covering_space
 from lmnas.tasks.data.corpora import open_corpus
@@ -36,9 +35,6 @@ COLUMNS, STEPS = 50, 70
 """The paper's batch of text."""
 INIT_RANGE = 0.1
 """Of the embedding (Klyuchnikov et al., 2020)."""
-
-Values = dict[str, float | str]
-"""Metric -> value, or the reason why it is undefined."""
 
 
 @dataclass(frozen=True)
@@ -60,34 +56,21 @@ class Protocol:
     seed: int
 
 
-DEFAULTS = {
-    "recurrent": ("hidden_covariance_1", "jacobian_cosine", "parameters"),
-    "transformer": ("head_confidence", "w_pca", "parameters"),
-}
-"""Kind of body -> the metrics that `lmnas score` shows unless others are asked for."""
-
-
-def known_metrics(kind: str = "recurrent") -> list[str]:
-    return [*METRICS, *predictor.SCORES] if kind == "recurrent" else [*transformer.METRICS]
-
-
-def check_metrics(text: str | None, default: Sequence[str], kind: str = "recurrent") -> list[str]:
-    """The metrics named in `a,b`; `all` for all that bodies of this kind have.
+def check_metrics(text: str | None, default: Sequence[str], space: Space) -> list[str]:
+    """The metrics named in `a,b`; `all` for all that bodies of `space` have.
 
     Raises:
         UserError: an unknown name.
     """
     if text is None:
         return list(default)
-    known = known_metrics(kind)
+    known = [name for family in listed(space.makes) for name in family.metrics]
     names = known if text == "all" else list(dict.fromkeys(filter(None, text.split(","))))
     for name in names:
         if name not in known:
-            others = [other for other in DEFAULTS if other != kind and name in known_metrics(other)]
-            fits = f"is for {others[0]} bodies, these are {kind} ones. " if others else "is unknown. "
-            raise UserError(f"--metrics: {name!r} {fits}" + nearest(name, known))
+            family_of(name, space, "--metrics:")
     if not names:
-        raise UserError(f"--metrics: expected names, such as {','.join(DEFAULTS[kind][:2])}")
+        raise UserError(f"--metrics: expected names, such as {','.join(known[:2])}")
     return names
 
 
@@ -111,25 +94,16 @@ def score(
     space: Space, genotype: Genotype, protocol: Protocol, text: tuple[Tensor, int], metrics: Iterable[str]
 ) -> Values:
     """All `metrics` of one architecture; those that share passes are measured together."""
-    chosen = list(metrics)
-    if space.kind == "transformer":
-        body = space.build(genotype, protocol.width)
-        return transformer.measure(
-            transformer.untrained(body, text[1], protocol.seed), text[0].t(), chosen, protocol.seed
-        )
-    values: Values = {}
-    shared = [name for name in chosen if name in METRICS]
-    if shared:
-        body, embedding = network(space, genotype, protocol, text[1])
-        values |= measure(body, embedding, text[0], shared, protocol.seed)
-    if len(shared) < len(chosen):
-        values |= predicted(space, genotype, [name for name in chosen if name not in METRICS])
-    return {name: values[name] for name in chosen}
+
+    def untrained() -> tuple[Body, Tensor]:
+        return network(space, genotype, protocol, text[1])
+
+    return measured(Subject(space, genotype, protocol.width, protocol.seed, lambda: text, untrained), list(metrics))
 
 
-def network(space: Any, genotype: Genotype, protocol: Protocol, vocabulary: int) -> tuple[Body, Tensor]:
-    """An untrained recurrent body, stacked where the space can, and its (V, H) embedding."""
-    if protocol.inner and hasattr(space, "stack"):
+def network(space: Space, genotype: Genotype, protocol: Protocol, vocabulary: int) -> tuple[Body, Tensor]:
+    """An untrained body, stacked where the space can, and its (V, H) embedding."""
+    if protocol.inner and isinstance(space, GraphSpace):
         body = space.stack(genotype, protocol.width, (*protocol.inner, protocol.width))
     else:
         body = space.build(genotype, protocol.width)
@@ -137,22 +111,6 @@ def network(space: Any, genotype: Genotype, protocol: Protocol, vocabulary: int)
     embedding = torch.empty(vocabulary, protocol.width).uniform_(-INIT_RANGE, INIT_RANGE, generator=draws)
     body.initialise(draws, INIT_RANGE)
     return body, embedding
-
-
-def predicted(space: Any, genotype: Genotype, names: Sequence[str]) -> Values:
-    """The quick predictors; their own network and seed, so that they depend on the graph alone."""
-    if not hasattr(space, "stack"):
-        return dict.fromkeys(names, f"space {space.name!r} is no graph")
-    try:
-        cell = predictor.features(space, canonical(space, genotype))
-    except Undefined as reason:
-        return dict.fromkeys(names, str(reason))
-    return {name: predictor.SCORES[name](cell) for name in names}
-
-
-def canonical(space: Any, genotype: Genotype) -> Genotype:
-    """The genotype that all isomorphic cells share, where the space has such a form."""
-    return space.genotype(genotype.choices) if hasattr(space, "genotype") else genotype
 
 
 # ------------------------------------------------------------------------------------------------- many architectures
@@ -185,7 +143,8 @@ def _work(document: dict[str, Any]) -> Values:
 
 def score_all(genotypes: Sequence[Genotype], protocol: Protocol, metrics: list[str], workers: int) -> Iterator[Values]:
     """The values of every genotype, in order, as they come; `workers` processes of one thread each."""
-    needs_text = any(name not in predictor.SCORES for name in metrics)
+    textless = {name for family in families() if not family.reads_text for name in family.metrics}
+    needs_text = not textless.issuperset(metrics)
     documents = [genotype.to_dict() for genotype in genotypes]
     if workers <= 1:
         threads = torch.get_num_threads()
@@ -248,26 +207,25 @@ def sampled(space: str, n: int, seed: int) -> list[tuple[str, Genotype]]:
     return [(genotype.id, genotype) for genotype in drawn]
 
 
-def one_kind(genotypes: Sequence[Genotype]) -> str:
-    """The kind of body that all `genotypes` make.
+def one_table(genotypes: Sequence[Genotype]) -> Space:
+    """A space whose bodies have the metrics of all `genotypes`.
 
     Raises:
-        UserError: not a genotype of its space, a kind without metrics, or several kinds.
+        UserError: not a genotype of its space, no metrics, or other metrics than the first one's.
     """
-    kinds: dict[str, Genotype] = {}
-    for genotype in genotypes:
-        kinds.setdefault(covering_space(genotype).kind, genotype)
-    for kind, genotype in kinds.items():
-        if kind not in DEFAULTS:
+    spaces = [covering_space(genotype) for genotype in genotypes]
+    first = spaces[0]
+    for genotype, space in zip(genotypes, spaces, strict=True):
+        if not listed(space.makes):
             raise UserError(
-                f"genotype {genotype.id}: space {genotype.space!r} makes {kind} bodies, and there are metrics for "
-                f"{' and '.join(DEFAULTS)} ones only"
+                f"genotype {genotype.id}: no metric is defined for {phrase(space.makes)} bodies, which space "
+                f"{space.name!r} makes"
             )
-    if len(kinds) > 1:
-        raise UserError(
-            f"expected architectures of one kind, whose metrics are the same, got {' and '.join(sorted(kinds))}"
-        )
-    return next(iter(kinds))
+        if [type(family) for family in listed(space.makes)] != [type(family) for family in listed(first.makes)]:
+            raise UserError(
+                f"expected architectures whose metrics are the same, got spaces {first.name!r} and {space.name!r}"
+            )
+    return first
 
 
 def run(options: Any, say: Callable[[str], None]) -> dict[str, Any]:
@@ -283,8 +241,8 @@ def run(options: Any, say: Callable[[str], None]) -> dict[str, Any]:
         raise UserError(f"--sample: needs --space. Known: {', '.join(registry.names('space'))}.")
     else:
         named = sampled(options.space, options.sample, options.seed)
-    kind = one_kind([genotype for _, genotype in named])  # all are checked before the first is measured
-    metrics = check_metrics(options.metrics, DEFAULTS[kind], kind)
+    space = one_table([genotype for _, genotype in named])  # all are checked before the first is measured
+    metrics = check_metrics(options.metrics, [name for family in listed(space.makes) for name in family.shown], space)
     protocol = Protocol(options.data, "valid", options.width, (), options.seed)
     rows = []
     for (name, genotype), values in zip(

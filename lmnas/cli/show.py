@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lmnas.core.capabilities import lacking
 from lmnas.core.contracts import ImageBody, Model
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype, load_document
@@ -36,7 +37,7 @@ def describe(name: str, width: int | None, vocabulary: int | None, out: Path) ->
     document = load_document(name)
     genotype = Genotype.from_dict(document, name)
     space = covering_space(genotype)
-    of_images = space.kind in ImageClassification.kinds
+    of_images = not lacking(ImageClassification.takes, space.makes)
     if of_images and vocabulary_given is not None:
         raise UserError(f"--vocabulary: genotype {name} is a network for images")
     usual = document.get("width", DEFAULT_CHANNELS if of_images else DEFAULT_WIDTH)
@@ -52,7 +53,7 @@ def describe(name: str, width: int | None, vocabulary: int | None, out: Path) ->
             model: Model | None = None
             if isinstance(body, ImageBody):
                 model = ImageClassifier(body, CLASSES, image_classification.ModelSettings(width=width))
-            if space.kind in LanguageModeling.kinds:
+            if not lacking(LanguageModeling.takes, space.makes):
                 model = LanguageModel(body, vocabulary, ModelSettings(width=width, decoder_bias=bias))
     except (RuntimeError, TypeError) as error:
         if "overflow" not in str(error).lower():  # torch counts bytes in 64 bits

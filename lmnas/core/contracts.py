@@ -11,12 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lmnas.core.decisions import Decisions
+from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
 from lmnas.core.nests import Nest, map_tensors
@@ -199,38 +200,120 @@ class Supernet(Body):
         return range(self.n_features)
 
 
-class Space(Protocol):
-    """What can be chosen, and how it becomes a network. Its `__init__` takes the recipe's settings by keyword."""
+class Space(ABC):
+    """Architectures and how each becomes a network. Its `__init__` takes the recipe's settings by keyword.
+
+    `sample`, `mutate` and `check` follow from `decisions`; a space without any states its own.
+
+    Attributes:
+        name: in recipes and genotypes.
+        makes: what its bodies can do, in words of `lmnas.core.capabilities`.
+        kernels: fast kernels that its bodies' code can run on.
+        noun: what a report calls one of its architectures.
+        decisions: the choices of a genotype, which strategies read.
+    """
 
     name: str
-    kind: str
-    """Which bodies it makes: a task lists the kinds it can wrap. `recurrent`: (T, B, H) -> (T, B, H), causal.
-    `transformer`: (T, B, H) -> (T, B, F), F its `n_features`; it looks both ways, carries no state, and takes the
-    `lengths` (B,) of padded sequences. `image`: (B, 3, S, S) -> (B, F)."""
+    makes: frozenset[str]
+    kernels: frozenset[str] = frozenset()
+    noun: str = "network"
     decisions: Decisions
 
     @classmethod
+    @abstractmethod
     def covering(cls, genotype: Genotype) -> "Space":
-        """A space of this kind that holds `genotype`, whatever settings found it: to build, draw and transfer it."""
-        ...
+        """A space of this class that holds `genotype`, whatever settings found it: to build, draw and transfer it."""
 
-    def sample(self, rng: Any) -> Genotype: ...
-    def mutate(self, genotype: Genotype, rng: Any) -> Genotype: ...
+    @abstractmethod
+    def build(self, genotype: Genotype, width: int) -> Body:
+        """The stand-alone body."""
+
+    @abstractmethod
+    def diagram(self, genotype: Genotype) -> Diagram: ...
+
+    def sample(self, rng: Any) -> Genotype:
+        return Genotype(self.name, self.decisions.sample(rng))
+
+    def mutate(self, genotype: Genotype, rng: Any) -> Genotype:
+        return Genotype(self.name, self.decisions.mutate(genotype.choices, rng))
+
     def check(self, genotype: Genotype) -> None:
-        """Raise UserError where `genotype` is not one of this space."""
-        ...
+        """Refuse what is not of this space with these settings.
 
-    def build(self, genotype: Genotype, width: int) -> Body: ...
-    def supernet(self, width: int) -> Supernet: ...
+        Raises:
+            UserError: another space's genotype, or a decision that is missing, unknown or out of range.
+        """
+        if genotype.space != self.name:
+            raise UserError(f"genotype {genotype.id} is of space {genotype.space!r}, expected {self.name!r}")
+        self._check_choices(genotype)
+
+    def _check_choices(self, genotype: Genotype) -> None:
+        self.decisions.check(genotype.choices, f"genotype {genotype.id}")
+
+    def canonical(self, genotype: Genotype) -> Genotype:
+        """The form that all genotypes of one function share, where the space has one; else `genotype` itself."""
+        return genotype
+
+    def width_multiple(self, genotype: Genotype) -> int:
+        """Number that a legal width is a multiple of (heads divide a width)."""
+        return 1
+
+
+class Relaxed(Space):
+    """A space whose architectures share the weights of one supernet, which also runs mixtures of them.
+
+    Attributes:
+        no_switches: reason why weights of a mixture cannot be read as switches (a norm undoes scale); None: they can.
+    """
+
+    no_switches: str | None = None
+
+    @abstractmethod
+    def supernet(self, width: int) -> Supernet:
+        """The weights of all architectures: a `Supernet`."""
+
+    @abstractmethod
     def tables(self) -> tuple[EdgeTable, ...]:
-        """The relaxation; empty where the space has none."""
-        ...
+        """The weights that a mixture has."""
 
+    @abstractmethod
     def derive(self, mixture: Mixture) -> Genotype:
         """The discrete architecture that a mixture stands for."""
-        ...
 
-    def diagram(self, genotype: Genotype) -> Diagram: ...
+
+class GraphSpace(Space):
+    """A space whose genotypes are graphs of named nodes, {name: {op, input}}, and whose bodies are stacks of one cell.
+
+    Its `makes` holds `graph`.
+    """
+
+    @abstractmethod
+    def stack(self, genotype: Genotype, width: int, layers: Sequence[int]) -> Body:
+        """A body that reads `width` and has layers of the given widths, whatever the settings."""
+
+
+def relaxed(space: Space, part: str) -> Relaxed:
+    """`space`, where it has a relaxation.
+
+    Args:
+        part: what needs one, as a sentence names it: `strategy 'gradient'`.
+
+    Raises:
+        UserError: it has none.
+    """
+    refuse_unrelaxed(type(space), part)
+    assert isinstance(space, Relaxed)
+    return space
+
+
+def refuse_unrelaxed(space: type[Space], part: str) -> None:
+    """As `relaxed`, of a space that has not been opened.
+
+    Raises:
+        UserError
+    """
+    if not issubclass(space, Relaxed):
+        raise UserError(f"{part} needs a space with a relaxation; space {space.name!r} has none")
 
 
 # ------------------------------------------------------------------------------------------------------ strategies
@@ -276,6 +359,8 @@ class Strategy(ABC):
 
     needs: frozenset[str] = frozenset()
     """Capabilities it needs of the estimator: `shared-weights`, `mixture`."""
+    takes: frozenset[str] = frozenset()
+    """What a body must be able to do, in words of `lmnas.core.capabilities`."""
 
     @abstractmethod
     def ask(self, n: int) -> list[Proposal]:
@@ -326,13 +411,13 @@ class SharingStrategy(Strategy):
 class Estimator(ABC):
     """Scores proposals. `__init__(space, task, seed, device, *, settings...)`.
 
-    One that cannot score every kind of body has `kinds`, those that it can.
+    One that cannot score every body states what it `takes`.
     """
 
+    takes: frozenset[str] = frozenset()
+    """What a body must be able to do, in words of `lmnas.core.capabilities`."""
     provides: frozenset[str] = frozenset()
     """Capabilities it offers a strategy."""
-    kinds: frozenset[str] | None = None
-    """Kinds of body that it can score; None: all."""
     is_proxy: bool = False
     """True: its scores rank candidates but are not results (weights shared, or none trained)."""
     is_cheap: bool = False
@@ -486,8 +571,10 @@ class Task(ABC):
     """
 
     name: str
-    kinds: frozenset[str]
-    """The kinds of body it can wrap."""
+    takes: frozenset[str]
+    """What a body must be able to do, in words of `lmnas.core.capabilities`."""
+    kernels: frozenset[str]
+    """Fast kernels that the task's own code can run on."""
     objective: Objective
     model_settings: type
     batch_settings: type

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from lmnas.core.capabilities import check_words
 from lmnas.core.errors import UserError, nearest
 
 COMPONENTS: dict[str, dict[str, str]] = {
@@ -41,6 +42,11 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "standalone": "lmnas.methods.estimators.standalone:Standalone",
         "table": "lmnas.methods.estimators.table:Table",
     },
+    "metric": {
+        "recurrent": "lmnas.methods.proxies.recurrent:RecurrentMetrics",
+        "recurrent-predictor": "lmnas.methods.proxies.predictor:PredictorMetrics",
+        "transformer": "lmnas.methods.proxies.transformer:TransformerMetrics",
+    },
     "task": {
         "language-modeling": "lmnas.tasks.language_modeling:LanguageModeling",
         "image-classification": "lmnas.tasks.image_classification:ImageClassification",
@@ -53,6 +59,8 @@ COMPONENTS: dict[str, dict[str, str]] = {
 }
 
 
+WORDS_OF = {"space": "makes", "task": "takes", "strategy": "takes", "estimator": "takes", "metric": "takes"}
+"""Kind of component -> the attribute that holds its capabilities."""
 ENVIRONMENT = "LMNAS_COMPONENTS"
 """Components of other packages, `kind:name=module:Class` separated by commas. Worker processes inherit it."""
 
@@ -99,11 +107,14 @@ def component(kind: str, name: object) -> Any:
         raise UserError(f"{kind} {name!r} is unknown. " + nearest(name, COMPONENTS[kind]))
     module, _, attribute = COMPONENTS[kind][name].partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         if module.startswith("lmnas."):
             raise
         raise UserError(f"{kind} {name!r}: {module}:{attribute} cannot be imported ({error})") from error
+    if kind in WORDS_OF:
+        check_words(getattr(found, WORDS_OF[kind]), f"{kind} {name!r}")
+    return found
 
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False, protected_namespaces=())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmnas.core.contracts import Batch, Choice, Model, Space
+from lmnas.core.contracts import Batch, Choice, Model, Space, relaxed
 from lmnas.nn.kernels import DEFAULT_CHUNK, Decided, planning
 
 M = TypeVar("M", bound=nn.Module)
@@ -141,7 +141,7 @@ def example_choice(space: Space, mixture: bool, rng: Any) -> Choice:
         return space.sample(rng)
     return {
         table.name: torch.zeros(len(table.edges), len(table.ops), device="meta", requires_grad=True)
-        for table in space.tables()
+        for table in relaxed(space, "a mixture").tables()
     }
 
 

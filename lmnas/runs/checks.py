@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from lmnas.core import registry
-from lmnas.core.contracts import Space, Task
+from lmnas.core.capabilities import refuse_unfit
+from lmnas.core.contracts import Space, Task, relaxed
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.seeds import rng
@@ -43,10 +44,7 @@ def preflight(recipe: Recipe) -> None:
     for name, baseline in recipe.baselines.items():
         if baseline.source != "random":
             body = covering_space(load_genotype(baseline.source))
-            if body.kind not in task.kinds:
-                raise UserError(
-                    f"baselines.{name}: {baseline.source!r} makes {body.kind} bodies, which the task cannot use"
-                )
+            refuse_unfit(f"baselines.{name}: task {task.name!r}", task.takes, body.name, body.makes)
     if given is not None:
         return
     open_strategy(recipe, space, task, 0)
@@ -61,7 +59,8 @@ def preflight(recipe: Recipe) -> None:
         batches = replace(training, batches={**training.batches, **valid}).batch_settings(task)
         _check_streams(task, "estimator.training", batches, ["valid"])
         model = training.model_settings(task)
-        _check_size("estimator.training", lambda: n_parameters(task.model(space.supernet(model.width), model)))
+        shared = relaxed(space, f"estimator {recipe.estimator['name']!r}")
+        _check_size("estimator.training", lambda: n_parameters(task.model(shared.supernet(model.width), model)))
     else:
         _check_size("estimator.training", lambda: count_parameters(task, example, training, body_space))
 

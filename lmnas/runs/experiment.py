@@ -45,7 +45,7 @@ from lmnas.runs.jobs import (
     space_for,
 )
 from lmnas.runs.kernel_choice import FILE, Pin, read_pin, write_pin
-from lmnas.runs.plan import RECURRENT, plan
+from lmnas.runs.plan import plan
 from lmnas.runs.progress import Display, Stop
 from lmnas.runs.recipe import Recipe
 
@@ -134,8 +134,8 @@ class Experiment:
             pin.apply()
         if before is not None and before.kernel != pin.kernel:
             self._incident(f"kernel: {before.kernel} until now, {pin.kernel} from here on; last digits may differ")
-        recurrent = self.space.kind == RECURRENT
-        if before is None and asked == "auto" and self.device.type == "cpu" and recurrent:
+        fast = self.space.kernels | self.task.kernels
+        if before is None and asked == "auto" and self.device.type == "cpu" and fast:
             fell_back = fell_back or unavailable()
         if fell_back:
             self._incident(f"kernel: the plain one runs, which is slower: {fell_back}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lmnas.core import registry
-from lmnas.core.contracts import Batch, Choice, Model, SharingStrategy, Space, Task
+from lmnas.core.contracts import Batch, Choice, Model, SharingStrategy, Space, Task, relaxed
 from lmnas.core.errors import UserError
 from lmnas.core.seeds import rng
 from lmnas.nn.cost import (
@@ -37,8 +37,6 @@ from lmnas.runs.recipe import Recipe, load_recipe, resolved
 
 SMALL_CHUNK = DEFAULT_CHUNK // 8
 """Logits held at once where memory is short."""
-RECURRENT = "recurrent"
-"""The kind of body that there is a fused kernel for."""
 BACKWARD = 2.0
 """Operations of backward, in forwards."""
 
@@ -64,13 +62,12 @@ def plan(recipe: Recipe, run: Path | None = None, asked: str | None = None) -> P
 def _kernel(recipe: Recipe, device: torch.device, before: Pin | None, asked: str) -> tuple[Decided, str]:
     if before is not None and asked in ("auto", before.kernel):
         return before.kernel, before.why
-    kind = registry.component("space", recipe.space["name"]).kind
-    if kind != RECURRENT:
+    parts = [(section, getattr(recipe, section)["name"]) for section in ("space", "task")]
+    if not any(registry.component(section, name).kernels for section, name in parts):
+        neither = " nor ".join(f"{section} {name!r}" for section, name in parts)
         if asked == "fused":
-            raise UserError(
-                f"kernel 'fused' is for recurrent cells; space {recipe.space['name']!r} makes {kind} bodies"
-            )
-        return "reference", f"{kind} bodies have no other"
+            raise UserError(f"kernel 'fused': neither {neither} has one; 'auto' takes the plain kernel")
+        return "reference", f"neither {neither} has another"
     if asked == "fused":
         problem = unavailable()
         if problem:
@@ -118,7 +115,8 @@ def _examples(recipe: Recipe, task: Task, space: Space) -> Iterator[_Example]:
         yield stand_alone(where, training)
         return
     model_settings = training.model_settings(task)
-    model = on_meta(lambda: task.model(space.supernet(model_settings.width), model_settings))
+    shared = relaxed(space, where)
+    model = on_meta(lambda: task.model(shared.supernet(model_settings.width), model_settings))
     mixture = "mixture" in registry.component("strategy", recipe.strategy["name"]).needs
     choice = example_choice(space, mixture, rng(recipe.seed, "preflight"))
     sizes: list[dict[str, Any]] = [{}]

@@ -15,7 +15,8 @@ import yaml
 from pydantic import Field
 
 from lmnas.core import registry
-from lmnas.core.contracts import SharingStrategy
+from lmnas.core.capabilities import refuse_unfit
+from lmnas.core.contracts import SharingStrategy, refuse_unrelaxed
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.registry import STRICT, checked, settings_model
 from lmnas.nn.train import Training
@@ -245,17 +246,13 @@ def check(recipe: Recipe) -> None:
         )
     task = registry.component("task", recipe.task["name"])
     space = registry.component("space", recipe.space["name"])
-    if space.kind not in task.kinds:
-        raise UserError(
-            f"space {recipe.space['name']!r} makes {space.kind} bodies, task {recipe.task['name']!r} takes "
-            f"{', '.join(sorted(task.kinds))}"
-        )
-    scored = estimator.kinds
-    if scored is not None and space.kind not in scored:
-        raise UserError(
-            f"estimator {recipe.estimator['name']!r} scores {', '.join(sorted(scored))} bodies; space "
-            f"{recipe.space['name']!r} makes {space.kind} bodies"
-        )
+    for section, part in (("task", task), ("estimator", estimator), ("strategy", strategy)):
+        name = getattr(recipe, section)["name"]
+        refuse_unfit(f"{section} {name!r}", part.takes, recipe.space["name"], space.makes)
+    if "mixture" in strategy.needs:
+        refuse_unrelaxed(space, f"strategy {recipe.strategy['name']!r}")
+    if "shared-weights" in estimator.provides:
+        refuse_unrelaxed(space, f"estimator {recipe.estimator['name']!r}")
     for where, training in trainings(recipe):
         training.model_settings(task, f"{where}.model")
         training.batch_settings(task, f"{where}.batches")

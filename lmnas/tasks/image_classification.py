@@ -279,7 +279,8 @@ class ImageClassification(Task):
     """The task: labelled images, the model above, the share of wrong labels in percent."""
 
     name = "image-classification"
-    kinds = frozenset({"image"})
+    takes = frozenset({"image"})
+    kernels: frozenset[str] = frozenset()
     model_settings = ModelSettings
     batch_settings = BatchSettings
 

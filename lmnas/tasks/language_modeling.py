@@ -251,7 +251,8 @@ class LanguageModeling(Task):
     """The task: a corpus, the model above, perplexity per token (bits per character at character level)."""
 
     name = "language-modeling"
-    kinds = frozenset({"recurrent"})
+    takes = frozenset({"sequence", "causal"})
+    kernels = frozenset({"fused"})
     model_settings = ModelSettings
     batch_settings = BatchSettings
 

@@ -188,7 +188,7 @@ def test_every_strategy_with_every_estimator(strategy, estimator, tmp_path, cach
     if estimator == "table":  # of graphs: tests/estimators/test_table.py
         run = ["--run", tmp_path / "run"]
         code, _, err = call("search", recipe, "--strategy", strategy, "--estimator", estimator, *run)
-        assert code == 2 and "the table has recurrent graphs, space 'recurrent-cell' makes other cells" in err
+        assert code == 2 and "estimator 'table' takes graph bodies; space 'recurrent-cell' makes" in err
         return
     settings = {"strategy": strategy, "estimator": estimator, **QUICK.get(strategy, {})}
     with Run(tmp_path / "run", load_recipe(str(recipe), settings)) as run, Display(quiet=True) as display:

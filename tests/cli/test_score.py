@@ -77,7 +77,7 @@ def test_many_architectures_as_csv_and_json_agree(text, tmp_path):
 
 
 def test_transformers_have_metrics_of_their_own(text):
-    """The table's values are those of the functions; other kinds' metrics, and a mixture of kinds, are refused."""
+    """The table's values are those of the functions; metrics of other bodies, and a mixture of both, are refused."""
     arguments = ["score", "--sample", 2, "--space", "flexibert", "--data", text, "--width", 8, "--seed", 3]
     found = answer(*arguments, "--metrics", "all")
     tokens, vocabulary = batch_of_text(str(text), "valid")
@@ -92,13 +92,13 @@ def test_transformers_have_metrics_of_their_own(text):
     torch.set_num_threads(threads)
     assert list(answer(*arguments)["scores"][0]["metrics"]) == ["head_confidence", "w_pca", "parameters"]
     code, _, err = call(*arguments, "--metrics", "hidden_covariance_1")
-    assert code == 2 and "is for recurrent bodies, these are transformer ones" in err
+    assert code == 2 and "takes causal stateful sequence bodies; space 'flexibert' makes bidirectional" in err
 
 
-def test_kinds_are_not_mixed(text, tmp_path):
+def test_tables_of_different_metrics_are_not_mixed(text, tmp_path):
     lines = [sampled(space, 1, 0)[0][1].to_dict() for space in ("flexibert", "recurrent-cell")]
     code, _, err = call("score", write(tmp_path / "two.jsonl", lines), "--data", text)
-    assert code == 2 and "got recurrent and transformer" in err
+    assert code == 2 and "got spaces 'flexibert' and 'recurrent-cell'" in err
 
 
 def test_workers_change_nothing(text):

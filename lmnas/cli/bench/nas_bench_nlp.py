@@ -33,6 +33,7 @@ from lmnas.methods.proxies import predictor
 from lmnas.methods.proxies.recurrent import METRICS
 from lmnas.methods.proxies.statistics import Undefined, rank_correlations
 from lmnas.runs.jobs import covering_space
+from lmnas.spaces.recurrent.graph import RecurrentGraph
 from lmnas.spaces.recurrent.published import FILE, nas_bench_nlp
 
 HELP = "rank the recurrent cells of NAS-Bench-NLP by training-free scores, against their published losses"
@@ -91,7 +92,7 @@ def read_table(data: str) -> list[dict[str, Any]]:
     """
     entries = []
     for number, cell in enumerate(nas_bench_nlp(data, "--data"), start=1):
-        genotype = Genotype("recurrent-graph", cell.recipe)
+        genotype = Genotype(RecurrentGraph.name, cell.recipe)
         try:
             covering_space(genotype)
         except UserError as error:
@@ -111,7 +112,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, An
         value = getattr(options, option)
         if value is not None and value < 1:
             raise UserError(f"--{option}: expected at least 1, got {value}")
-    metrics = check_metrics(options.metrics, DEFAULT)
+    metrics = check_metrics(options.metrics, DEFAULT, RecurrentGraph())
     entries = read_table(options.data)
     if options.limit is not None and options.limit < len(entries):
         entries = rng(options.seed, "limit").sample(entries, options.limit)

@@ -4,33 +4,28 @@ Serianni & Kalita, 2023, arXiv 2306.00288. Scores are proxies: they rank candida
 turned so that they follow the task's objective: where that is minimised, a lower value is a better candidate.
 """
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from lmnas.core.contracts import Estimator, Proposal, Score, Space, Task
-from lmnas.core.errors import Unscored, UserError, nearest
-from lmnas.core.genotype import Genotype
+from lmnas.core.contracts import Body, Estimator, Proposal, Score, Space, Task
+from lmnas.core.errors import Unscored
 from lmnas.core.job import Job
-from lmnas.methods.proxies import predictor, transformer
-from lmnas.methods.proxies.recurrent import METRICS, measure
+from lmnas.methods.proxies.family import Subject, family_of
 from lmnas.methods.proxies.statistics import Undefined
 from lmnas.nn.train import Training, initialise
 
-PREDICTED = ("predictor", "prior")
-"""Scores of a small network of their own, for spaces that build one (`stack`)."""
-KNOWN = {"recurrent": (*METRICS, *PREDICTED), "transformer": tuple(transformer.METRICS)}
-"""Kind of body -> its metrics."""
-
 
 class Proxy(Estimator):
-    """A training-free metric of recurrent or Transformer bodies (`metric`), such as Jacobian cosine or a predictor."""
+    """A training-free metric (`metric`) of the untrained network, such as Jacobian cosine or a predictor."""
 
     is_proxy = True
     is_cheap = True
-    kinds = frozenset(KNOWN)
+    takes = frozenset({"sequence"})
 
     def __init__(
         self,
@@ -47,19 +42,11 @@ class Proxy(Estimator):
         """
         Args:
             training: only its model counts: what is scored is that model, untrained.
-            metric: one of `methods.proxies.recurrent.METRICS`, or `predictor` or `prior`; for Transformer bodies one of
-                `methods.proxies.transformer.METRICS`.
+            metric: of a family that fits the space's bodies (`lmnas.methods.proxies`).
             columns: columns of text in the batch (the paper: 50); default: as in training.
             steps: tokens of each (the paper: 70); default: as in training.
         """
-        known = KNOWN.get(space.kind, ())
-        if metric not in known:
-            raise UserError(
-                f"estimator.metric {metric!r} is none of {space.kind} bodies, which space {space.name!r} makes. "
-                + nearest(metric, known)
-            )
-        if metric in PREDICTED and not hasattr(space, "stack"):
-            raise UserError(f"estimator.metric {metric!r} reads a graph, which space {space.name!r} has not")
+        self.family = family_of(metric, space, "estimator.metric")
         self.space = space
         self.task = task
         self.device = device
@@ -75,32 +62,28 @@ class Proxy(Estimator):
         Raises:
             Unscored: it is undefined for this candidate, with the reason.
         """
-        try:
-            value, n_tokens = self._value(proposal.genotype, seed)
-        except Undefined as reason:
-            raise Unscored(f"{self.metric} is undefined: {reason}") from None
-        return Score(value if self.task.objective.direction == "maximize" else -value, "valid", n_tokens)
-
-    def _value(self, genotype: Genotype, seed: int) -> tuple[float, int]:
-        """(higher is better, tokens read)."""
-        if self.metric in PREDICTED:
-            features = predictor.features(self.space, genotype, seed)
-            value = predictor.SCORES[self.metric](features)
-            return value, predictor.T * predictor.B
+        genotype = proposal.genotype
         self.space.check(genotype)
-        body = self.space.build(genotype, self.settings.width)
-        tokens = self.task.stream("valid", self.batches, seed).next().inputs
-        if self.space.kind == "transformer":
-            network = transformer.untrained(body, len(self.task.vocabulary), seed)  # type: ignore[attr-defined]
-            measured, sign = transformer.measure(network, tokens.t(), [self.metric], seed)[self.metric], 1
-        else:
+
+        @cache
+        def text() -> tuple[Tensor, int]:
+            return self.task.stream("valid", self.batches, seed).next().inputs, self.task.data()["vocabulary"]
+
+        def network() -> tuple[Body, Tensor]:
+            body = self.space.build(genotype, self.settings.width)
             model = initialise(self.task.model(body, self.settings), seed).to(self.device)
-            embedding = model.get_parameter("embedding")
-            measured = measure(body, embedding, tokens.to(self.device), [self.metric], seed)[self.metric]
-            sign = METRICS[self.metric].sign
-        if isinstance(measured, str):
-            raise Undefined(measured)
-        return sign * measured, tokens.numel()
+            return body, model.get_parameter("embedding")
+
+        subject = Subject(self.space, genotype, self.settings.width, seed, text, network, own_seed=seed)
+        try:
+            value = self.family.measure(subject, [self.metric])[self.metric]
+        except Undefined as reason:
+            value = str(reason)
+        if isinstance(value, str):
+            raise Unscored(f"{self.metric} is undefined: {value}")
+        value *= self.family.sign(self.metric)
+        n_inputs = self.family.n_inputs(subject)
+        return Score(value if self.task.objective.direction == "maximize" else -value, "valid", n_inputs)
 
 
 class HiddenCovariance(Proxy):

@@ -28,6 +28,7 @@ from lmnas.core.contracts import (
     Strategy,
     Task,
     Trial,
+    relaxed,
 )
 from lmnas.core.errors import Diverged
 from lmnas.core.files import PREPARED, pack, to_device, unpack, write_atomic
@@ -74,7 +75,8 @@ class Shared(Estimator):
         valid = {**training.batches, **({"batch_size": valid_batch_size} if valid_batch_size else {})}
         self.valid_batches = Training(epochs=1, batches=valid).batch_settings(task, "estimator.training.batches")
         settings = training.model_settings(task, "estimator.training.model")
-        self.model = initialise(task.model(space.supernet(settings.width), settings), seed).to(device)
+        supernet = relaxed(space, "training of shared weights").supernet(settings.width)
+        self.model = initialise(task.model(supernet, settings), seed).to(device)
 
     def prepare(self, strategy: Strategy, job: Job) -> None:
         """Train the supernet: per step the strategy learns (if by gradient), then the weights of its choice move, or

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lmnas.core.capabilities import refuse_unfit
 from lmnas.core.contracts import Estimator, Proposal, Score, Space, Task
 from lmnas.core.errors import Unscored, UserError
 from lmnas.core.genotype import Genotype
@@ -20,6 +21,7 @@ from lmnas.spaces.recurrent.published import NAS_BENCH_NLP, PublishedCell, nas_b
 class Table(Estimator):
     """Published perplexities; a candidate that the table lacks, or that never trained to an end, has no score."""
 
+    takes = frozenset({"graph"})
     is_proxy = True  # others trained it, at another size: it ranks candidates and is no result of this run
     is_cheap = True
 
@@ -28,17 +30,15 @@ class Table(Estimator):
         Args:
             data: the table's file or folder; default: nas-bench-nlp below LMNAS_DATA.
         """
-        canonical = getattr(space, "genotype", None)
-        if canonical is None:
-            raise UserError(f"estimator.data: the table has recurrent graphs, space {space.name!r} makes other cells")
+        refuse_unfit("the table of estimator.data", self.takes, space.name, space.makes)
         if task.objective.name != "perplexity":
             raise UserError(f"estimator.data: the table has perplexities, the task measures {task.objective.name}")
-        self.canonical = canonical
+        self.space = space
         self.cells: dict[str, PublishedCell] = {}
         for cell in nas_bench_nlp(data, "estimator.data"):
             try:
                 # two recipes of one function keep the first one's losses, as the benchmark numbers them
-                self.cells.setdefault(canonical(cell.recipe).id, cell)
+                self.cells.setdefault(space.canonical(Genotype(space.name, cell.recipe)).id, cell)
             except UserError:
                 continue  # a cell that this space's settings do not allow is not asked for
 
@@ -57,7 +57,7 @@ class Table(Estimator):
         Raises:
             Unscored: as `estimate`.
         """
-        cell = self.cells.get(self.canonical(genotype.choices).id)
+        cell = self.cells.get(self.space.canonical(genotype).id)
         if cell is None:
             raise Unscored(f"the table has no cell {genotype.id}")
         if cell.loss is None:

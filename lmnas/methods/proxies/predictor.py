@@ -23,7 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lmnas.core.contracts import GraphSpace
+from lmnas.core.genotype import Genotype
 from lmnas.core.seeds import generator
+from lmnas.methods.proxies.family import Family, Subject, Values
 from lmnas.methods.proxies.statistics import Undefined, covariance_score
 
 WIDTH, LAYERS, T, B = 64, 3, 64, 64
@@ -273,8 +276,8 @@ def prior(features: Mapping[str, float]) -> float:
     return float(row @ signs)
 
 
-def features(space: Any, genotype: Any, seed: int = 0) -> dict[str, float]:
-    """All features of a cell; `space` builds it (`stack`)."""
+def features(space: GraphSpace, genotype: Genotype, seed: int = 0) -> dict[str, float]:
+    """All features of a cell that `space` builds."""
     small = dynamics(lambda width, layers: space.stack(genotype, width, layers), seed)
     return {**small, **structure(genotype.choices)}
 
@@ -284,3 +287,24 @@ SCORES: Mapping[str, Callable[[Mapping[str, float]], float]] = {
     "prior": prior,
 }
 """Score -> its value for the features of one cell; higher predicts a better cell."""
+
+
+class PredictorMetrics(Family):
+    """The quick predictors; their own network and seed, so that they depend on the graph alone."""
+
+    takes = frozenset({"sequence", "causal", "stateful", "graph"})
+    listed_for = frozenset({"sequence", "causal", "stateful"})
+    metrics = tuple(SCORES)
+    reads_text = False
+
+    def measure(self, subject: Subject, metrics: Sequence[str]) -> Values:
+        space = subject.space
+        assert isinstance(space, GraphSpace)
+        try:
+            cell = features(space, space.canonical(subject.genotype), subject.own_seed)
+        except Undefined as reason:
+            return dict.fromkeys(metrics, str(reason))
+        return {name: SCORES[name](cell) for name in metrics}
+
+    def n_inputs(self, subject: Subject) -> int:
+        return T * B

@@ -13,7 +13,7 @@ Shapes: T time, B batch, H a layer's width, V vocabulary.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmnas.core.contracts import Body
 from lmnas.core.seeds import generator
+from lmnas.methods.proxies.family import Family, Subject, Values
 from lmnas.methods.proxies.statistics import Undefined, cosine_score, covariance_score
 
 aten = torch.ops.aten
@@ -327,7 +328,7 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
-def measure(body: Body, embedding: Tensor, tokens: Tensor, metrics: Iterable[str], seed: int) -> dict[str, float | str]:
+def measure(body: Body, embedding: Tensor, tokens: Tensor, metrics: Iterable[str], seed: int) -> Values:
     """All `metrics` of an initialised body from the passes that they share.
 
     Args:
@@ -349,10 +350,25 @@ def measure(body: Body, embedding: Tensor, tokens: Tensor, metrics: Iterable[str
         activations=any(metric.activations for metric in chosen.values()),
         depth=max((metric.depth for metric in chosen.values()), default=0),
     )
-    values: dict[str, float | str] = {}
+    values: Values = {}
     for name, metric in chosen.items():
         try:
             values[name] = metric.function(signals)
         except Undefined as reason:
             values[name] = str(reason)
     return values
+
+
+class RecurrentMetrics(Family):
+    """Metrics of recurrent bodies, from one batch of text."""
+
+    takes = frozenset({"sequence", "causal", "stateful"})
+    metrics = tuple(METRICS)
+    shown = ("hidden_covariance_1", "jacobian_cosine", "parameters")
+
+    def measure(self, subject: Subject, metrics: Sequence[str]) -> Values:
+        body, embedding = subject.network()
+        return measure(body, embedding, subject.text()[0].to(embedding.device), metrics, subject.seed)
+
+    def sign(self, metric: str) -> int:
+        return METRICS[metric].sign

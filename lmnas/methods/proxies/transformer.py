@@ -20,7 +20,7 @@ modules). Inside, the batch comes first: (B, T, H).
 Shapes: B batch, T time, H hidden, N heads, D features of a head, E embedding width.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lmnas.core.seeds import generator
+from lmnas.methods.proxies.family import Family, Subject, Values
 from lmnas.methods.proxies.statistics import Undefined, cosine_score, covariance_score
 from lmnas.nn.ops.attention import merge_heads
 from lmnas.nn.ops.embedding import TokenEmbedding
@@ -329,7 +330,7 @@ def _flat(values: float | list[float]) -> list[float]:
     return values if isinstance(values, list) else [values]
 
 
-def measure(network: TokenNetwork, tokens: Tensor, metrics: Iterable[str], seed: int) -> dict[str, float | str]:
+def measure(network: TokenNetwork, tokens: Tensor, metrics: Iterable[str], seed: int) -> Values:
     """All `metrics` of an initialised network, from one forward pass and one backward pass for each read-out.
 
     Outputs are reduced as they appear and not kept; without a gradient metric nothing is recorded for one.
@@ -354,7 +355,7 @@ class _Measurement:
         self.readouts = sorted({metric.readout for metric in self.chosen.values() if metric.readout})
         self.gradients: dict[tuple[str, int], Tensor] = {}
 
-    def values(self) -> dict[str, float | str]:
+    def values(self) -> Values:
         before = [(parameter, parameter.requires_grad) for parameter in self.network.parameters()]
         try:
             output = self._forward()
@@ -363,7 +364,7 @@ class _Measurement:
         finally:
             for parameter, required in before:
                 parameter.requires_grad_(required)
-        values: dict[str, float | str] = {}
+        values: Values = {}
         for name, metric in self.chosen.items():
             try:
                 values[name] = self._value(metric)
@@ -467,3 +468,16 @@ class _Measurement:
 
     def _vanilla_pca(self) -> float:
         return self._value(METRICS["vanilla_pca"])
+
+
+class TransformerMetrics(Family):
+    """Metrics of Transformer encoders, from one batch of text."""
+
+    takes = frozenset({"sequence", "transformer"})
+    metrics = tuple(METRICS)
+    shown = ("head_confidence", "w_pca", "parameters")
+
+    def measure(self, subject: Subject, metrics: Sequence[str]) -> Values:
+        tokens, vocabulary = subject.text()
+        body = subject.space.build(subject.genotype, subject.width)
+        return measure(untrained(body, vocabulary, subject.seed), tokens.t(), metrics, subject.seed)

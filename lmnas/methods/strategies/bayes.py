@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lmnas.core.contracts import EdgeTable, LearnStep, Mixture, Objective, Proposal, SharingStrategy, Space
+from lmnas.core.contracts import EdgeTable, LearnStep, Mixture, Objective, Proposal, SharingStrategy, Space, relaxed
 from lmnas.core.errors import Emptied, UserError
 from lmnas.core.genotype import Genotype
 from lmnas.core.seeds import generator
@@ -122,14 +122,15 @@ class Bayes(SharingStrategy):
         threshold: Positive = evidence.THRESHOLD,
         ranking: Literal["gamma", "influence"] = "gamma",
     ):
-        _refuse_unfit(space)
-        self.space = space
+        self.space = relaxed(space, "strategy 'bayes'")
+        if self.space.no_switches is not None:
+            raise UserError(f"strategy 'bayes': {self.space.no_switches}")
         self.strength = strength
         self.updates, self.warm_up, self.iterations = updates, warm_up, iterations
         self.curvature, self.curvature_batches = curvature, curvature_batches
         self.threshold = threshold
         self.ranking = ranking
-        self.graphs = {table.name: _graph(table, prior, convention, groups) for table in space.tables()}
+        self.graphs = {table.name: _graph(table, prior, convention, groups) for table in self.space.tables()}
         self.learning_rate, self.longest_step = learning_rate, longest_step
         # the last word between switches that are equal in all else, as they are before the first update
         self.ties = {name: _order(graph, seed) for name, graph in self.graphs.items()}
@@ -320,27 +321,6 @@ class Bayes(SharingStrategy):
                 graph.penalty = graph.prior.penalty(graph.h, graph.s)
         self.history = list(state["history"])
         self.proposed = state["proposed"]
-
-
-def _refuse_unfit(space: Space) -> None:
-    """Raises UserError where switches cannot say what they are worth."""
-    if not space.tables():
-        raise UserError(f"strategy 'bayes' needs a space with a relaxation; space {space.name!r} has none")
-    if space.kind != "recurrent":
-        raise UserError(
-            f"space {space.name!r} makes {space.kind} bodies: strategy 'bayes' is for recurrent ones as yet; the batch "
-            f"norms of convolutional cells undo any scale of the switches into a node"
-        )
-    if getattr(space, "batch_norm", "none") != "none":
-        raise UserError(
-            f"space.batch_norm {space.batch_norm!r}: strategy 'bayes' needs 'none', as a norm after a node undoes any "  # type: ignore[attr-defined]
-            f"scale of the switches into it, and their penalty would shrink them at no cost"
-        )
-    if getattr(space, "output", "all-nodes") != "all-nodes":
-        raise UserError(
-            f"space.output {space.output!r}: strategy 'bayes' needs 'all-nodes', as the relaxation of other outputs "  # type: ignore[attr-defined]
-            f"takes weights for probabilities, and switches are none"
-        )
 
 
 def _graph(table: EdgeTable, prior: str, convention: Convention, groups: str) -> _Graph:

@@ -24,8 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lmnas.core.contracts import LearnStep, Mixture, Objective, Proposal, SharingStrategy, Space
-from lmnas.core.errors import UserError
+from lmnas.core.contracts import LearnStep, Mixture, Objective, Proposal, SharingStrategy, Space, relaxed
 from lmnas.core.seeds import generator
 
 Alphas = dict[str, Tensor]
@@ -61,10 +60,8 @@ class Gradient(SharingStrategy):
             init_scale: standard deviation of the initial logits (paper: 0; code: 1e-3, which breaks ties).
             epsilon: length of the finite difference's step.
         """
-        tables = space.tables()
-        if not tables:
-            raise UserError(f"strategy 'gradient' needs a space with a relaxation; space {space.name!r} has none")
-        self.space = space
+        self.space = relaxed(space, "strategy 'gradient'")
+        tables = self.space.tables()
         self.order = order
         # forward and backward each: one loss; or two gradients and the two ends of the finite difference
         self.learn_passes = 1 if order == 1 else 4

@@ -16,20 +16,20 @@ input that no node reads is left out (theirs concatenates it with the loose ends
 drop-path like any other operation. Gradient search on this space is ours.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from lmnas.core.contracts import Diagram, EdgeTable, Mixture
+from lmnas.core.contracts import Diagram, EdgeTable, Mixture, Relaxed
 from lmnas.core.decisions import Decision, Decisions, OneOf, Subset
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.genotype import Genotype
 from lmnas.nn.ops.conv import Norm
-from lmnas.spaces.base import Stated
 from lmnas.spaces.conv.network import (
     KINDS,
+    NORMS_UNDO,
     OPERATIONS,
     CellProgram,
     Layout,
@@ -60,10 +60,11 @@ def node_name(kind: str, node: int) -> str:
     return f"{kind}.node_{node}"
 
 
-class _ConvCells(Stated, ABC):
+class _ConvCells(Relaxed):
     """What both spaces do alike. Nodes 0 and 1 are a cell's inputs, chosen ones count from 2."""
 
-    kind = "image"
+    makes = frozenset({"image"})
+    no_switches = NORMS_UNDO
     loose_ends: bool
 
     def __init__(self, n_nodes: int, operations: tuple[str, ...], cells: int, search_cells: int | None):

@@ -32,13 +32,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Choice, Diagram, EdgeTable, ImageBody, Masks, Mixture, Supernet
+from lmnas.core.contracts import Choice, Diagram, EdgeTable, ImageBody, Masks, Mixture, Relaxed, Supernet
 from lmnas.core.decisions import Decisions, OneOf, Subset
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.genotype import Genotype
 from lmnas.nn.ops.conv import AvgPool, ConvNorm, DepthwiseSeparable, FactorizedReduction, MaxPool, Norm, initialise
 from lmnas.nn.ops.dropout import draw_mask
-from lmnas.spaces.base import Stated
+from lmnas.spaces.conv.network import NORMS_UNDO
 
 OPS = ("conv_3x3", "sep_conv_3x3", "conv_5x5", "sep_conv_5x5", "avg_pool_3x3", "max_pool_3x3")
 """In the order of the authors' codes 0 to 5."""
@@ -52,11 +52,12 @@ def skips_name(layer: int) -> str:
     return f"layer_{layer}.skips"
 
 
-class ConvMacro(Stated):
+class ConvMacro(Relaxed):
     """Decisions: for each layer its operation and the subset of earlier layers, all but the last, that it reads too."""
 
     name = "enas-macro"
-    kind = "image"
+    makes = frozenset({"image"})
+    no_switches = NORMS_UNDO
 
     def __init__(
         self,

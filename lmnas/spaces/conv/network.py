@@ -50,6 +50,7 @@ OPERATIONS: dict[str, Callable[[int, int, Norm, Norm | None], nn.Module]] = {
 having no ReLU where it reduces."""
 
 KINDS = ("normal", "reduce")
+NORMS_UNDO = "the batch norms of convolutional cells undo any scale of the switches into a node"
 
 
 @dataclass(frozen=True)

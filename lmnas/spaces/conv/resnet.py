@@ -13,22 +13,21 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Choice, Diagram, ImageBody, Masks
+from lmnas.core.contracts import Choice, Diagram, ImageBody, Masks, Space
 from lmnas.core.decisions import Decisions, OneOf
 from lmnas.core.genotype import Genotype
 from lmnas.nn.ops.dropout import draw_mask
-from lmnas.spaces.base import StandAlone, Stated
 
 STAGES = 3
 LARGEST = 18
 """Blocks in a stage of ResNet-110, the deepest that the paper recommends."""
 
 
-class ResNet(Stated, StandAlone):
+class ResNet(Space):
     """Decision: the number of basic blocks in each of three stages."""
 
     name = "resnet"
-    kind = "image"
+    makes = frozenset({"image"})
 
     def __init__(self, *, max_blocks: Annotated[int, Field(ge=1, le=LARGEST)] = 3):
         """

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Body, Choice, Diagram, EdgeTable, Masks, Mixture
+from lmnas.core.contracts import Body, Choice, Diagram, EdgeTable, Masks, Mixture, Relaxed
 from lmnas.core.decisions import Decisions, OneOf
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.genotype import Genotype
@@ -32,7 +32,7 @@ from lmnas.nn.kernels import (
     recurrent_path_many,
 )
 from lmnas.nn.ops.dropout import draw_mask
-from lmnas.spaces.base import Stated
+from lmnas.spaces.recurrent import RECURRENT
 
 Output = Literal["all-nodes", "loose-ends"]
 
@@ -45,11 +45,13 @@ def activation_name(node: int) -> str:
     return f"node_{node}.activation"
 
 
-class RecurrentCell(Stated):
+class RecurrentCell(Relaxed):
     """Decisions: node 0's activation; then, for each node, which earlier node it reads and its activation."""
 
     name = "recurrent-cell"
-    kind = "recurrent"
+    makes = RECURRENT
+    kernels = frozenset({"fused"})
+    noun = "cell"
 
     def __init__(
         self,
@@ -109,6 +111,20 @@ class RecurrentCell(Stated):
         if output not in ("all-nodes", "loose-ends"):
             raise UserError(f"genotype {genotype.id}: output: {output!r} is not one of all-nodes, loose-ends")
         return cls(n_nodes=max(n_nodes, 1), input_activation="searched", output=output)
+
+    @property
+    def no_switches(self) -> str | None:  # type: ignore[override]
+        if self.batch_norm != "none":
+            return (
+                f"space.batch_norm {self.batch_norm!r}: expected 'none', as a norm after a node undoes any scale of "
+                f"the switches into it, and their penalty would shrink them at no cost"
+            )
+        if self.output != "all-nodes":
+            return (
+                f"space.output {self.output!r}: expected 'all-nodes', as the relaxation of other outputs takes weights "
+                f"for probabilities, and switches are none"
+            )
+        return None
 
     def program(self, genotype: Genotype) -> Program:
         """The encoded path."""

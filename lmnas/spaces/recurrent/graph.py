@@ -27,12 +27,12 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Body, Choice, Diagram, Masks
+from lmnas.core.contracts import Body, Choice, Diagram, GraphSpace, Masks
 from lmnas.core.decisions import Choices, Decisions
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.genotype import Genotype
 from lmnas.nn.ops.dropout import draw_mask
-from lmnas.spaces.base import StandAlone
+from lmnas.spaces.recurrent import RECURRENT
 from lmnas.spaces.recurrent.published import nas_bench_nlp
 
 Recipe = dict[str, dict[str, Any]]
@@ -349,11 +349,12 @@ class GraphCounts(Decisions):
         raise UserError("space 'recurrent-graph' has no decisions to suggest: a graph is drawn whole")
 
 
-class RecurrentGraph(StandAlone):
+class RecurrentGraph(GraphSpace):
     """Cells that are free graphs of linear maps, gates and activations (NAS-Bench-NLP)."""
 
     name = "recurrent-graph"
-    kind = "recurrent"
+    makes = RECURRENT | {"graph"}
+    noun = "cell"
 
     def __init__(
         self,
@@ -401,14 +402,14 @@ class RecurrentGraph(StandAlone):
             raise UserError(f"space.members {data}: has {len(found)} trained cells of this space, expected at least 2")
         return list(found.values())
 
-    def genotype(self, recipe: Mapping[str, Any]) -> Genotype:
-        """The genotype of a cell in whatever form; isomorphic cells give the same one.
+    def canonical(self, genotype: Genotype) -> Genotype:
+        """The form that isomorphic cells share.
 
         Raises:
             UserError: it is not a cell.
         """
-        self.check(Genotype(self.name, recipe))
-        return Genotype(self.name, canonical(recipe))
+        self.check(genotype)
+        return Genotype(self.name, canonical(genotype.choices))
 
     def sample(self, rng: random.Random) -> Genotype:
         """A cell of the benchmark's generator: draws until one uses all inputs and keeps the rule on h_new.
@@ -443,14 +444,8 @@ class RecurrentGraph(StandAlone):
         around = neighbours(genotype.choices, self.direct_memory)
         return Genotype(self.name, rng.choice(around)) if around else self.sample(rng)
 
-    def check(self, genotype: Genotype) -> None:
-        """Refuse what is not a cell.
-
-        Raises:
-            UserError: another space's genotype, or the first node that is wrong.
-        """
-        if genotype.space != self.name:
-            raise UserError(f"genotype {genotype.id} is of space {genotype.space!r}, expected {self.name!r}")
+    def _check_choices(self, genotype: Genotype) -> None:
+        """Refuse what is not a cell, naming the first node that is wrong."""
         wrong = problem(genotype.choices, self.direct_memory)
         if wrong:
             raise UserError(f"genotype {genotype.id}: {wrong}")

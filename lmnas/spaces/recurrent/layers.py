@@ -13,21 +13,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Body, Choice, Diagram, Masks
+from lmnas.core.contracts import Body, Choice, Diagram, Masks, Space
 from lmnas.core.decisions import Decisions, OneOf
 from lmnas.core.genotype import Genotype
 from lmnas.nn.ops.dropout import draw_mask
-from lmnas.spaces.base import StandAlone, Stated
+from lmnas.spaces.recurrent import RECURRENT
 
 CELLS = {"lstm": nn.LSTM, "rnn": nn.RNN}
 Count = Annotated[int, Field(ge=1)]
 
 
-class RecurrentLayers(Stated, StandAlone):
+class RecurrentLayers(Space):
     """LSTM or plain recurrent layers; inner layers may be of other sizes than the embedding."""
 
     name = "recurrent-layers"
-    kind = "recurrent"
+    makes = RECURRENT
 
     def __init__(self, *, max_layers: Annotated[int, Field(ge=1, le=8)] = 3, units: list[Count] | None = None):
         """

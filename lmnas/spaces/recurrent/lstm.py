@@ -13,18 +13,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Body, Choice, Diagram, Masks
+from lmnas.core.contracts import Body, Choice, Diagram, Masks, Space
 from lmnas.core.decisions import Decisions, OneOf
 from lmnas.core.genotype import Genotype
 from lmnas.nn.ops.dropout import draw_mask
-from lmnas.spaces.base import StandAlone, Stated
+from lmnas.spaces.recurrent import RECURRENT
 
 
-class LSTM(Stated, StandAlone):
+class LSTM(Space):
     """Decision: the number of layers."""
 
     name = "lstm"
-    kind = "recurrent"
+    makes = RECURRENT
 
     def __init__(self, *, max_layers: Annotated[int, Field(ge=1, le=8)] = 3):
         """

@@ -24,13 +24,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Body, Choice, Diagram, Masks
+from lmnas.core.contracts import Body, Choice, Diagram, Masks, Space
 from lmnas.core.decisions import Decision, Decisions, OneOf
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype
 from lmnas.nn.ops.attention import Attention, HeadTransform, SpanConvolution, TransformAttention
 from lmnas.nn.ops.dropout import draw_mask
-from lmnas.spaces.base import StandAlone, Stated
 
 OPERATIONS = ("SA-SDP", "SA-WMA", "LT-DFT", "LT-DCT", "DSC-5", "DSC-9")
 Network = Literal["flexibert", "trained", "scored"]
@@ -55,11 +54,11 @@ def choice_name(layer: int, what: str) -> str:
     return f"layer_{layer}.{what}"
 
 
-class FlexiBERT(Stated, StandAlone):
+class FlexiBERT(Space):
     """Decisions: the number of layers; for each, operation, heads, hidden size, feed-forward stack and widths."""
 
     name = "flexibert"
-    kind = "transformer"
+    makes = frozenset({"sequence", "bidirectional", "transformer"})
 
     def __init__(
         self,

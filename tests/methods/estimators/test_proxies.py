@@ -84,18 +84,24 @@ def test_an_undefined_score_is_a_failed_trial_with_its_reason(tiny_task, tmp_pat
 def test_what_does_not_fit_is_refused(tiny_task):
     with pytest.raises(UserError, match=r"hidden_covariance_7.*hidden_covariance_"):
         estimator(tiny_task, metric="hidden_covariance_7")
-    with pytest.raises(UserError, match="reads a graph, which space 'lstm' has not"):
+    with pytest.raises(
+        UserError,
+        match="'predictor' takes causal stateful graph sequence bodies; space 'lstm'",
+    ):
         estimator(tiny_task, space=LSTM(), metric="predictor")
 
 
 def test_transformer_bodies(tiny_task, tmp_path, monkeypatch):
     """Their metrics by the same estimator, for a task that wraps them."""
     space = FlexiBERT(hidden=(8,), feed_forward=(16,), layers=(2,))
-    monkeypatch.setattr(tiny_task, "kinds", frozenset({"transformer"}), raising=False)
+    monkeypatch.setattr(tiny_task, "takes", frozenset({"sequence"}), raising=False)
     genotype = space.sample(random.Random(0))
     found = estimator(tiny_task, space=space, metric="w_pca").estimate(Proposal(genotype), 2, Job(tmp_path)).value
     network = transformer.untrained(space.build(genotype, 8), len(tiny_task.vocabulary), 2)
     tokens = tiny_task.stream("valid", tiny_task.batch_settings(batch_size=4, bptt=9), 2).next().inputs
     assert found == -transformer.measure(network, tokens.t(), ["w_pca"], 2)["w_pca"]
-    with pytest.raises(UserError, match=r"hidden_covariance_1' is none of transformer bodies"):
+    with pytest.raises(
+        UserError,
+        match=r"hidden_covariance_1' takes causal stateful sequence bodies; space 'flex",
+    ):
         estimator(tiny_task, space=space)

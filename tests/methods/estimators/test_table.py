@@ -66,7 +66,7 @@ def test_it_gives_the_mean_loss_as_perplexity(table, tiny_task, tmp_path):
 
 
 def test_what_does_not_fit_is_refused(table, tiny_task, tmp_path):
-    with pytest.raises(UserError, match="space 'lstm' makes other cells"):
+    with pytest.raises(UserError, match="takes graph bodies; space 'lstm' makes causal stateful sequence bodies"):
         Table(LSTM(), tiny_task, 0, CPU, data=str(table))
     with pytest.raises(UserError, match="nothing: cannot be read"):
         Table(RecurrentGraph(), tiny_task, 0, CPU, data="nothing")

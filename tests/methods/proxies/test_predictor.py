@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lmnas.core.genotype import load_genotype
+from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.seeds import generator
 from lmnas.methods.proxies.predictor import (
     GRID,
@@ -128,7 +128,7 @@ def test_the_predictors_rank_unseen_cells():
     seen = set(json.loads(SHIPPED.read_text())["provenance"]["groups"])
     entries = [entry for entry in map(json.loads, TABLE.read_text().splitlines()) if entry["group"] not in seen]
     entries = random.Random(0).sample([entry for entry in entries if entry["ptb"]["test_loss_mean"]], 60)
-    cells = [features(SPACE, SPACE.genotype(entry["recipe"])) for entry in entries]
+    cells = [features(SPACE, SPACE.canonical(Genotype(SPACE.name, entry["recipe"]))) for entry in entries]
     losses = [-entry["ptb"]["test_loss_mean"] for entry in entries]
     assert stats.kendalltau(shipped().predict(cells), losses).statistic > 0.38
     assert stats.kendalltau([prior(c) for c in cells], losses).statistic > 0.26

@@ -285,4 +285,4 @@ def test_sampled_cells_are_measured_or_give_reasons():
         assert body.n_states == n_states(genotype.choices)
         for value in measure(body, embedding, tokens, METRICS, 0).values():
             assert isinstance(value, str) or math.isfinite(value)
-    assert Genotype("recurrent-graph", GATED).id != space.genotype(GATED).id
+    assert Genotype("recurrent-graph", GATED).id != space.canonical(Genotype("recurrent-graph", GATED)).id
