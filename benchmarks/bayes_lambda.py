@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 import lmnas
 from lmnas.core.contracts import Objective
 from lmnas.core.errors import UserError
-from lmnas.core.files import read_events
+from lmnas.core.events import read_events
 from lmnas.report import plots
 from lmnas.runs.recipe import load_recipe
 

@@ -139,7 +139,7 @@ SAID = {
 }
 """Words of a file that happen to be a component's name, or that it must name; each with its reason."""
 OWN_KINDS = {
-    "lmnas/core/files.py",  # how a checkpoint marks a tensor, a dict, a list
+    "lmnas/core/checkpoints.py",  # how a checkpoint marks a tensor, a dict, a list
     "lmnas/core/registry.py",  # kinds of components
     "lmnas/report/diagram.py",  # nodes and labels of a drawing
     "lmnas/spaces/conv/network.py",  # cells that keep and reduce the map

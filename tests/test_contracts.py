@@ -16,9 +16,9 @@ import torch
 
 from lmnas.core import registry
 from lmnas.core.capabilities import Example, lacking
+from lmnas.core.checkpoints import pack, unpack
 from lmnas.core.contracts import Batch, LearnStep, Objective, Proposal, Relaxed, SharingStrategy
 from lmnas.core.errors import UserError
-from lmnas.core.files import pack, unpack
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
 from lmnas.core.nests import map_tensors

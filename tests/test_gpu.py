@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmnas.core.files import read_events
+from lmnas.core.events import read_events
 from lmnas.core.genotype import load_genotype
 from lmnas.core.job import Job
 from lmnas.methods.estimators.shared import Shared

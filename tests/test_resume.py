@@ -22,7 +22,7 @@ from lmnas.cli import main as cli
 from lmnas.core import files
 from lmnas.core.contracts import Objective
 from lmnas.core.errors import UserError
-from lmnas.core.files import Events, read_events
+from lmnas.core.events import Events, read_events
 from lmnas.core.job import Job, read_result
 from lmnas.core.nests import map_tensors
 from lmnas.nn.train import WeightTraining

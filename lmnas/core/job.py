@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lmnas.core.checkpoints import Checkpoints
 from lmnas.core.errors import Interrupted
-from lmnas.core.files import Checkpoints, Events, write_json
+from lmnas.core.events import Events
+from lmnas.core.files import write_json
 
 
 class Job:
@@ -103,6 +105,8 @@ class Job:
 
 
 SPEC, RESULT = "job.json", "result.json"
+PREPARED = "prepared.safetensors"
+"""Left in its job's directory by an estimator's `prepare`."""
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:

@@ -19,9 +19,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
+from lmnas.core.checkpoints import to_device
 from lmnas.core.contracts import Batch, Choice, Loss, Model, Objective, Task
 from lmnas.core.errors import Diverged
-from lmnas.core.files import to_device, write_atomic
+from lmnas.core.files import write_atomic
 from lmnas.core.job import Job
 from lmnas.core.registry import STRICT, checked, settings_model
 from lmnas.core.seeds import generator

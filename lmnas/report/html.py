@@ -17,7 +17,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lmnas.core.contracts import Diagram, Objective
-from lmnas.core.files import read_events, write_atomic
+from lmnas.core.events import read_events
+from lmnas.core.files import write_atomic
 from lmnas.core.text import seconds_text
 from lmnas.report import diagram, plots, tables
 from lmnas.report.blocks import Block, Context, Data, Figure, Table, known, rendered

@@ -19,9 +19,9 @@ import optuna
 from lmnas.core import registry
 from lmnas.core.contracts import Cost, Proposal, Space, Strategy, Trial
 from lmnas.core.errors import Interrupted, UserError
-from lmnas.core.files import PREPARED, write_atomic, write_json
+from lmnas.core.files import write_atomic, write_json
 from lmnas.core.genotype import Genotype, load_genotype
-from lmnas.core.job import read_result, read_spec
+from lmnas.core.job import PREPARED, read_result, read_spec
 from lmnas.core.seeds import rng
 from lmnas.core.text import seconds_text
 from lmnas.methods.estimators.shared import prepared_strategy

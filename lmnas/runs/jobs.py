@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from lmnas.core import registry
 from lmnas.core.contracts import Estimator, Model, Proposal, Score, Space, Strategy, Task
 from lmnas.core.errors import Diverged, Unscored, UserError
-from lmnas.core.files import PREPARED, digest
+from lmnas.core.files import digest
 from lmnas.core.genotype import Genotype
-from lmnas.core.job import Job, read_result, read_spec
+from lmnas.core.job import PREPARED, Job, read_result, read_spec
 from lmnas.nn.sparsity.training import OUTER, Sparsity, layout, sparsify
 from lmnas.nn.train import Training, fit, initialise, n_parameters, save_weights
 from lmnas.runs.kernel_choice import read_pin

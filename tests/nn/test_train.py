@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lmnas.core.checkpoints import pack, unpack
 from lmnas.core.contracts import Batch, Loss, Model, Objective, Score, Stream
 from lmnas.core.errors import Diverged, Interrupted, UserError
-from lmnas.core.files import pack, read_events, unpack
+from lmnas.core.events import read_events
 from lmnas.core.genotype import load_genotype
 from lmnas.core.job import Job
 from lmnas.core.registry import checked, settings_model

@@ -15,7 +15,7 @@ from killing import assert_same, child, finished, go, incidents, until
 
 from lmnas.cli.main import main as cli
 from lmnas.core.errors import Interrupted, UserError
-from lmnas.core.files import read_events
+from lmnas.core.events import read_events
 from lmnas.core.genotype import load_genotype
 from lmnas.core.job import read_result
 from lmnas.runs import jobs

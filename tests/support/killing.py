@@ -19,7 +19,8 @@ import optuna
 import pytest
 import tiny
 
-from lmnas.core.files import Checkpoints, Events, read_events
+from lmnas.core.checkpoints import Checkpoints
+from lmnas.core.events import Events, read_events
 from lmnas.core.job import Job
 from lmnas.runs.directory import Record, Run
 from lmnas.runs.experiment import STAGES, Experiment

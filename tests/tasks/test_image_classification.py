@@ -7,9 +7,9 @@ import tiny
 import torch
 import torch.nn.functional as F
 
+from lmnas.core.checkpoints import pack
 from lmnas.core.contracts import Batch, ImageBody
 from lmnas.core.errors import UserError
-from lmnas.core.files import pack
 from lmnas.core.genotype import load_genotype
 from lmnas.core.job import Job
 from lmnas.core.seeds import generator

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch.func import functional_call
 
+from lmnas.core.checkpoints import pack, to_device, unpack
 from lmnas.core.contracts import (
     Batch,
     Estimator,
@@ -31,8 +32,8 @@ from lmnas.core.contracts import (
     relaxed,
 )
 from lmnas.core.errors import Diverged
-from lmnas.core.files import PREPARED, pack, to_device, unpack, write_atomic
-from lmnas.core.job import Job
+from lmnas.core.files import write_atomic
+from lmnas.core.job import PREPARED, Job
 from lmnas.core.seeds import derive
 from lmnas.nn.curvature import diagonal
 from lmnas.nn.train import Mean, NotFinite, Recovery, Training, WeightTraining, initialise

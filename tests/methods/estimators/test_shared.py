@@ -5,7 +5,7 @@ import torch
 
 from lmnas.core.contracts import Proposal
 from lmnas.core.errors import Diverged
-from lmnas.core.files import read_events
+from lmnas.core.events import read_events
 from lmnas.core.job import Job
 from lmnas.core.seeds import rng
 from lmnas.methods.estimators.shared import Shared

@@ -10,9 +10,10 @@ import tiny
 import torch
 
 from lmnas.core import registry
+from lmnas.core.checkpoints import pack, unpack
 from lmnas.core.contracts import LearnStep, Objective
 from lmnas.core.errors import Emptied, UserError
-from lmnas.core.files import pack, read_events, unpack
+from lmnas.core.events import read_events
 from lmnas.core.job import Job
 from lmnas.methods.estimators.shared import Shared
 from lmnas.methods.strategies.bayes import Bayes

@@ -7,7 +7,7 @@ import torch
 
 from lmnas.core.contracts import LearnStep
 from lmnas.core.errors import UserError
-from lmnas.core.files import read_events
+from lmnas.core.events import read_events
 from lmnas.core.genotype import load_genotype
 from lmnas.core.job import Job
 from lmnas.core.registry import component

@@ -12,7 +12,7 @@ from segments import Problem, assert_equal, errors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmnas.core.contracts import LearnStep
-from lmnas.core.files import read_events
+from lmnas.core.events import read_events
 from lmnas.core.genotype import load_genotype
 from lmnas.core.job import Job
 from lmnas.core.seeds import generator, rng
