@@ -34,7 +34,7 @@ from lmnas.core.genotype import load_genotype
 from lmnas.core.seeds import generator, rng
 from lmnas.methods.strategies.gradient import architecture_gradient
 from lmnas.nn.kernels import dispatch, graphs, segment
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 from lmnas.spaces.recurrent.cell import RecurrentCell
 from lmnas.spaces.recurrent.lstm import LSTM
 from lmnas.tasks import language_modeling

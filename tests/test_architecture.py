@@ -174,7 +174,7 @@ STILL: dict[str, dict[str, int]] = {
         "lmnas/report/plots.py": 1,
         "lmnas/report/verdict.py": 7,
         "lmnas/runs/compress.py": 1,
-        "lmnas/runs/jobs.py": 3,
+        "lmnas/runs/job_kinds/compress.py": 3,
         "lmnas/spaces/recurrent/layers.py": 1,
         "lmnas/spaces/recurrent/sparse.py": 1,
     },

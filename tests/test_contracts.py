@@ -24,7 +24,7 @@ from lmnas.core.job import Job
 from lmnas.core.nests import map_tensors
 from lmnas.core.seeds import generator
 from lmnas.nn.train import initialise
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 
 OBJECTIVE = Objective("error", "", "minimize")
 CPU = torch.device("cpu")

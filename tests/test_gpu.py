@@ -9,7 +9,7 @@ from lmnas.core.job import Job
 from lmnas.methods.estimators.shared import Shared
 from lmnas.methods.strategies.gradient import Gradient
 from lmnas.nn.train import Optimizer, Training, fit, initialise
-from lmnas.runs.jobs import build_model
+from lmnas.runs.build import build_model
 from lmnas.spaces.recurrent.cell import RecurrentCell
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu])]

@@ -11,9 +11,9 @@ import yaml
 import lmnas.core.files
 from lmnas.cli.main import main
 from lmnas.core.genotype import load_document
+from lmnas.runs.build import _open_task
 from lmnas.runs.directory import Run
 from lmnas.runs.experiment import Experiment
-from lmnas.runs.jobs import _open_task
 from lmnas.runs.progress import Display
 from lmnas.runs.recipe import load_recipe
 

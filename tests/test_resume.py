@@ -26,9 +26,9 @@ from lmnas.core.events import Events, read_events
 from lmnas.core.job import Job, read_result
 from lmnas.core.nests import map_tensors
 from lmnas.nn.train import WeightTraining
-from lmnas.runs import jobs
+from lmnas.runs import build
+from lmnas.runs.build import open_space
 from lmnas.runs.directory import Record, Run
-from lmnas.runs.jobs import open_space
 from lmnas.runs.recipe import load_recipe
 
 STRATEGIES = {
@@ -72,7 +72,7 @@ def data(tmp_path_factory):
         go(folder / "run", killing.recipe(path))
         yield path
     torch.set_num_threads(threads)
-    jobs._open_task.cache_clear()
+    build._open_task.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_changed_data_is_refused(tmp_path):
     go(tmp_path / "run", document, ("search",))
     before = (tmp_path / "run" / "results.json").read_bytes()
     text.write_text(tiny.text(n_lines=200, seed=1))
-    jobs._open_task.cache_clear()
+    build._open_task.cache_clear()
     with pytest.raises(UserError, match=r"its data had fingerprint \w+, the data found now has \w+"):
         go(tmp_path / "run", document, ("search",))
     assert (tmp_path / "run" / "results.json").read_bytes() == before

@@ -28,7 +28,7 @@ from lmnas.core.seeds import generator, rng
 from lmnas.core.text import columns
 from lmnas.methods.proxies.family import Subject, Values, families, family_of, listed, measured
 from lmnas.nn.kernels.library import exact_onednn_products, keep_freed_memory
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 from lmnas.tasks.data.corpora import open_corpus
 
 COLUMNS, STEPS = 50, 70

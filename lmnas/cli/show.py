@@ -11,7 +11,7 @@ from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype, load_document
 from lmnas.nn.train import n_parameters
 from lmnas.report.diagram import draw
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 from lmnas.tasks import image_classification
 from lmnas.tasks.image_classification import ImageClassification, ImageClassifier
 from lmnas.tasks.language_modeling import LanguageModel, LanguageModeling, ModelSettings

@@ -56,6 +56,14 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "calibration": "lmnas.report.panels.classification:calibration",
         "updates": "lmnas.report.panels.pruning:updates",
     },
+    "job": {
+        "prepare": "lmnas.runs.job_kinds.prepare:Prepare",
+        "estimate": "lmnas.runs.job_kinds.estimate:Estimate",
+        "fit": "lmnas.runs.job_kinds.fit:Fit",
+        "test": "lmnas.runs.job_kinds.test:Test",
+        "compress": "lmnas.runs.job_kinds.compress:Compress",
+        "finetune": "lmnas.runs.job_kinds.finetune:Finetune",
+    },
 }
 
 

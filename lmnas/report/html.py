@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from lmnas.core.contracts import Diagram, Objective
 from lmnas.core.events import read_events
 from lmnas.core.files import write_atomic
+from lmnas.core.names import JobName
 from lmnas.core.text import seconds_text
 from lmnas.report import diagram, plots, tables
 from lmnas.report.blocks import Block, Context, Data, Figure, Table, known, rendered
@@ -137,19 +138,16 @@ def _read_results(path: Path) -> tuple[Records, str]:
     return (results, "") if isinstance(results, dict) else ({}, "results.json is no JSON object.")
 
 
-JOB = re.compile(r"(?P<search>search)-(?P<k>\d+)(-trial-\d+)?|(?P<stage>select|train)-(?P<subject>.+)-(?P<seed>\d+)")
-"""Name of a job with events: a search's, one of its trials', or the training of a genotype's id or a model."""
-
-
 def _read_curves(jobs: Path, results: Records) -> list[Curve]:
     """The events of every job, in order of name; a selection job's model is the source of its candidate."""
     sources = {row.get("genotype_id"): row.get("source") for row in results.get("candidates") or []}
     curves = []
     for path in sorted(jobs.glob("*/events.jsonl")):
-        if name := JOB.fullmatch(path.parent.name):
-            stage = name["search"] or name["stage"]
-            model = {"select": sources.get(name["subject"]), "train": name["subject"]}.get(stage) or SEARCHED
-            curves.append(Curve(stage, model, int(name["seed"] or name["k"]), read_events(path)))
+        name = JobName.parse(path.parent.name)
+        if name is None or name.stage not in CURVES or name.seed is None:
+            continue
+        model = {"select": sources.get(name.subject), "train": name.subject}.get(name.stage) or SEARCHED
+        curves.append(Curve(name.stage, model, name.seed, read_events(path)))
     return curves
 
 

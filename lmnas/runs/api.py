@@ -8,10 +8,10 @@ from typing import Any
 
 from lmnas.core.contracts import Model, Task
 from lmnas.core.genotype import Genotype, load_genotype
+from lmnas.runs.build import load_model, open_device, open_task
 from lmnas.runs.checks import preflight
 from lmnas.runs.directory import Run
 from lmnas.runs.experiment import Experiment
-from lmnas.runs.jobs import load_model, open_device, open_task
 from lmnas.runs.plan import plan
 from lmnas.runs.progress import Display
 from lmnas.runs.recipe import Recipe, load_recipe

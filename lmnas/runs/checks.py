@@ -14,7 +14,7 @@ from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.seeds import rng
 from lmnas.nn.train import n_parameters
-from lmnas.runs.jobs import (
+from lmnas.runs.build import (
     count_parameters,
     covering_space,
     open_device,

@@ -23,13 +23,17 @@ from lmnas.core.genotype import Genotype
 from lmnas.core.job import read_result, read_spec
 from lmnas.nn.sparsity.training import Sparsity, layout
 from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE, save
+from lmnas.runs.build import covering_space, load_model, open_device, open_task
 from lmnas.runs.checks import preflight
 from lmnas.runs.directory import Run, environment
 from lmnas.runs.executors.inline import Inline, default_threads
-from lmnas.runs.jobs import DENSE, covering_space, load_model, open_device, open_task
+from lmnas.runs.job_kinds.compress import DENSE, Compress
+from lmnas.runs.job_kinds.finetune import Finetune
+from lmnas.runs.job_kinds.test import Test
 from lmnas.runs.kernel_choice import read_pin, write_pin
 from lmnas.runs.progress import Display, Stop
 from lmnas.runs.recipe import Recipe
+from lmnas.runs.work import Spec
 
 FORMAT = 1
 SPEC = "dense.json"
@@ -58,17 +62,17 @@ def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:
     preflight(recipe)
     task, device = open_task(recipe), open_device(recipe.execution.device)
     layout(load_model(recipe, task, dense, source / "model.safetensors"))
-    specs = _specs(options, recipe, dense, digest(weights))
+    first = _job(options, recipe, dense, digest(weights))
     threads = recipe.execution.threads or default_threads(1)
     with Run(out, recipe) as opened:
-        _begin(opened, specs["compress"], weights, dense)
+        _begin(opened, first.spec(), weights, dense)
         if pin is not None:
             write_pin(out, pin)
             pin.apply()
         stop = Stop(display)
         executor = Inline(out, str(device), threads, display.update, lambda: stop.asked)
 
-        def do(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+        def do(name: str, spec: Spec) -> dict[str, Any]:
             ((_, result),) = executor.run([(name, spec)])
             if stop.asked:
                 raise Interrupted
@@ -77,13 +81,15 @@ def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:
             return result
 
         with stop:
-            cut = do("compress", specs["compress"])
-            small = {key: cut[key] for key in ("genotype", "model")}
-            tuned = do("finetune", {**specs["finetune"], **small})
-            tested = do("test", {"kind": "test", "fitted": "finetune"})
+            cut = do("compress", first.spec())
+            tune = Finetune(
+                cut["genotype"], cut["model"], options.seed, options.epochs, first.learning_rate, reduced="compress"
+            )
+            tuned = do("finetune", tune.spec())
+            tested = do("test", Test("finetune").spec())
         genotype = Genotype.from_dict(cut["genotype"])
         objective = task.objective
-        settings = {key: value for key, value in specs["compress"].items() if key not in ("kind", "dense", "digest")}
+        settings = {key: value for key, value in first.spec().items() if key not in ("kind", "dense", "digest")}
         results = {
             "format": FORMAT,
             "name": f"{recipe.name}, compressed",
@@ -152,10 +158,8 @@ def _trained(path: Path) -> tuple[bytes, dict[str, Any]]:
     return weights, dense
 
 
-def _specs(
-    options: argparse.Namespace, recipe: Recipe, dense: dict[str, Any], weights: str
-) -> dict[str, dict[str, Any]]:
-    """The jobs; defaults filled in."""
+def _job(options: argparse.Namespace, recipe: Recipe, dense: dict[str, Any], weights: str) -> Compress:
+    """The job that takes the units out; defaults filled in."""
     training = recipe.train.training
     rate = training.optimizer.learning_rate / 4 if training.optimizer.method == "sgd" else AFTER_ADAM
     sparsity = Sparsity(
@@ -167,12 +171,8 @@ def _specs(
         threshold=options.threshold,
         curvature=options.curvature,
     )
-    common = {"seed": options.seed, "learning_rate": options.learning_rate or rate}
     kept = {key: dense[key] for key in ("genotype", "model")}
-    return {
-        "compress": {"kind": "compress", "dense": kept, "digest": weights, **common, "sparsity": asdict(sparsity)},
-        "finetune": {"kind": "finetune", "epochs": options.epochs, **common, "reduced": "compress"},
-    }
+    return Compress(kept, weights, options.seed, options.learning_rate or rate, asdict(sparsity))
 
 
 def _begin(out: Run, spec: dict[str, Any], weights: bytes, dense: dict[str, Any]) -> None:

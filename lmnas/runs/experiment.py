@@ -22,21 +22,18 @@ from lmnas.core.errors import Interrupted, UserError
 from lmnas.core.files import write_atomic, write_json
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.job import PREPARED, read_result, read_spec
+from lmnas.core.names import JobName
 from lmnas.core.seeds import rng
 from lmnas.core.text import seconds_text
 from lmnas.methods.estimators.shared import prepared_strategy
 from lmnas.nn.kernels import must_compile, unavailable
 from lmnas.report.html import write_report
 from lmnas.report.verdict import summarise
-from lmnas.runs.checks import given_genotype, preflight
-from lmnas.runs.directory import Record, Run, environment
-from lmnas.runs.executors.inline import Inline, NamedSpec, default_threads
-from lmnas.runs.executors.processes import Processes
-from lmnas.runs.jobs import (
+from lmnas.runs.build import (
+    Opened,
     count_parameters,
     covering_space,
     evaluate_saved,
-    intact,
     matching_width,
     open_device,
     open_space,
@@ -44,10 +41,19 @@ from lmnas.runs.jobs import (
     open_task,
     space_for,
 )
+from lmnas.runs.checks import given_genotype, preflight
+from lmnas.runs.directory import Record, Run, environment
+from lmnas.runs.executors.inline import Inline, default_threads
+from lmnas.runs.executors.processes import Processes
+from lmnas.runs.job_kinds.estimate import Estimate
+from lmnas.runs.job_kinds.fit import Fit
+from lmnas.runs.job_kinds.prepare import Prepare
+from lmnas.runs.job_kinds.test import Test
 from lmnas.runs.kernel_choice import FILE, Pin, read_pin, write_pin
 from lmnas.runs.plan import plan
 from lmnas.runs.progress import Display, Stop
 from lmnas.runs.recipe import Recipe
+from lmnas.runs.work import NamedSpec, intact
 
 STAGES = ("search", "select", "train", "test", "report")
 FORMAT = 1
@@ -202,19 +208,19 @@ class Experiment:
         seeds = range(self.recipe.search.seeds)
         shared = "shared-weights" in estimator.provides
         if shared:
-            self._run_jobs([(f"search-{s}", {"kind": "prepare", "search": s}) for s in seeds])
+            self._run_jobs([(str(JobName("search", seed=s)), Prepare(s).spec()) for s in seeds])
         for s in seeds:
             strategy = open_strategy(self.recipe, self.space, self.task, s)
-            prepared = f"search-{s}" if shared else None
+            prepared = str(JobName("search", seed=s)) if shared else None
             if prepared:
                 result = self._result(prepared)
                 if result["status"] != "ok":
                     self.display.message(f"{prepared}: {result['failure']}; this search has no candidates")
                     continue
-                strategy.load_state_dict(prepared_strategy(intact(self.run.path, prepared, PREPARED).parent))
+                strategy.load_state_dict(prepared_strategy(intact(self.run.job(prepared), PREPARED).parent))
             self._propose(strategy, record, s, prepared, estimator)
         if not any(t["value"] is not None for t in record.trials()):
-            causes = {self._result(f"search-{s}").get("failure") for s in seeds} if shared else set()
+            causes = {self._result(str(JobName("search", seed=s))).get("failure") for s in seeds} if shared else set()
             causes |= {t.get("failure") for t in record.trials()}
             listed = "; ".join(sorted(str(cause) for cause in causes if cause)) or "no cause given"
             remedy = "; a smaller learning rate or clip is the usual remedy" if "diverged at step" in listed else ""
@@ -233,11 +239,11 @@ class Experiment:
             jobs: list[NamedSpec] = []
             for offset, group in enumerate(groups):
                 documents = [p.genotype.to_dict() for p in group]
-                spec = {"kind": "estimate", "search": s, "genotypes": documents, "prepared": prepared}
+                job = Estimate(s, documents, prepared)
                 if any(p.terms() for p in group):
-                    spec["terms"] = [p.terms() for p in group]
-                    spec["parents"] = [None if p.parent is None else trial_jobs[p.parent] for p in group]
-                jobs.append((f"search-{s}-trial-{told + offset}", spec))
+                    parents = [None if p.parent is None else trial_jobs[p.parent] for p in group]
+                    job = replace(job, terms=[p.terms() for p in group], parents=parents)
+                jobs.append((str(JobName("search", seed=s, trial=told + offset)), job.spec()))
                 trial_jobs += [jobs[-1][0]] * len(group)
             self._run_jobs(jobs)
             trials: list[Trial] = []
@@ -297,7 +303,8 @@ class Experiment:
     def _failed(self, genotype: Genotype) -> bool:
         """Whether a short training of this candidate was made and gave no model."""
         results = [
-            read_result(self.run.job(f"select-{genotype.id}-{s}")) for s in self._seeds(self.recipe.select.seeds)
+            read_result(self.run.job(str(JobName("select", genotype.id, s))))
+            for s in self._seeds(self.recipe.select.seeds)
         ]
         return any(result is not None and result["status"] != "ok" for result in results)
 
@@ -321,9 +328,9 @@ class Experiment:
                 pools[name] = self._kept(self._random(n + MORE_ROUNDS * self.recipe.select.keep), n)
         return pools
 
-    def _fit_job(self, name: str, genotype: Genotype, seed: int, epochs: int, model: dict[str, Any]) -> NamedSpec:
-        spec = {"kind": "fit", "genotype": genotype.to_dict(), "seed": seed, "epochs": epochs, "model": model}
-        return name, spec
+    def _fit_job(self, name: JobName, genotype: Genotype, epochs: int, model: dict[str, Any]) -> NamedSpec:
+        assert name.seed is not None
+        return str(name), Fit(genotype.to_dict(), name.seed, epochs, model).spec()
 
     def _seeds(self, n: int) -> list[int]:
         return [self.recipe.seed + i for i in range(n)]
@@ -334,15 +341,13 @@ class Experiment:
         asked: set[str] = set()
         while True:
             pools = {name: pool for name, pool in self._pools().items() if len(pool) > 1}
-            jobs = {
-                f"select-{genotype.id}-{seed}": self._fit_job(
-                    f"select-{genotype.id}-{seed}", genotype, seed, settings.epochs, {}
-                )
+            jobs = dict(
+                self._fit_job(JobName("select", genotype.id, seed), genotype, settings.epochs, {})
                 for pool in pools.values()
                 for genotype in pool
                 for seed in self._seeds(settings.seeds)
-            }
-            due = [job for name, job in jobs.items() if name not in asked]
+            )
+            due = [job for job in jobs.items() if job[0] not in asked]
             if not due:
                 break
             if asked:
@@ -353,7 +358,7 @@ class Experiment:
         for name, pool in pools.items():
             for genotype in pool:
                 for seed in self._seeds(settings.seeds):
-                    result = self._result(f"select-{genotype.id}-{seed}")
+                    result = self._result(str(JobName("select", genotype.id, seed)))
                     notes = {"source": name, "seed": seed, "is_proxy": False, "split": "valid"}
                     value = {"value": None, **result}
                     trial = self._trial(Proposal(genotype), 0, value, result["seconds"], notes)
@@ -377,11 +382,16 @@ class Experiment:
         objective = self.task.objective
         means: dict[str, float] = {}
         for genotype in pool:
-            results = [self._result(f"select-{genotype.id}-{seed}") for seed in self._seeds(self.recipe.select.seeds)]
+            results = [
+                self._result(str(JobName("select", genotype.id, seed)))
+                for seed in self._seeds(self.recipe.select.seeds)
+            ]
             values = [r.get("value") for r in results]
             means[genotype.id] = math.nan if None in values else statistics.fmean(v for v in values if v is not None)
         if all(math.isnan(mean) for mean in means.values()):
-            causes = {self._result(f"select-{genotype.id}-{self.recipe.seed}").get("failure") for genotype in pool}
+            causes = {
+                self._result(str(JobName("select", genotype.id, self.recipe.seed))).get("failure") for genotype in pool
+            }
             listed = "; ".join(sorted(str(cause) for cause in causes if cause))
             raise UserError(f"select: every candidate of {name!r} failed ({listed})")
         return min(pool, key=lambda g: objective.key(means[g.id]))
@@ -408,7 +418,7 @@ class Experiment:
         write_json(self.run.path / "genotype.json", {**winners["searched"].to_dict(), "name": self.recipe.name})
         epochs = self.recipe.train.training.epochs
         jobs = [
-            self._fit_job(f"train-{name}-{seed}", genotype, seed, epochs, overrides[name])
+            self._fit_job(JobName("train", name, seed), genotype, epochs, overrides[name])
             for seed in self._seeds(self.recipe.train.seeds)
             for name, genotype in winners.items()
         ]
@@ -418,7 +428,7 @@ class Experiment:
 
     def _export(self) -> None:
         """The searched model of the best seed by validation, with what its user needs."""
-        fitted = [f"train-searched-{seed}" for seed in self._seeds(self.recipe.train.seeds)]
+        fitted = [str(JobName("train", "searched", seed)) for seed in self._seeds(self.recipe.train.seeds)]
         values: dict[str, Any] = {name: self._result(name).get("value") for name in fitted}
         good = [name for name in fitted if values[name] is not None]
         if not good:
@@ -428,7 +438,7 @@ class Experiment:
             )
         best = min(good, key=lambda name: self.task.objective.key(values[name]))
         source = self.run.job(best)
-        write_atomic(self.run.path / "model.safetensors", intact(self.run.path, best, "model.safetensors").read_bytes())
+        write_atomic(self.run.path / "model.safetensors", intact(source, "model.safetensors").read_bytes())
         shutil.copyfile(source / "job.json", self.run.path / "model.json")
         self.task.save_assets(self.run.path)
 
@@ -437,11 +447,11 @@ class Experiment:
     def test(self) -> None:
         """The test split, once for every trained model; then the saved model is loaded back and must agree."""
         winners = self.winners()
-        fitted = [f"train-{name}-{seed}" for seed in self._seeds(self.recipe.train.seeds) for name in winners]
+        fitted = [JobName("train", name, seed) for seed in self._seeds(self.recipe.train.seeds) for name in winners]
         jobs: list[NamedSpec] = [
-            (f"test-{name.removeprefix('train-')}", {"kind": "test", "fitted": name})
+            (str(replace(name, stage="test")), Test(str(name)).spec())
             for name in fitted
-            if self._result(name)["status"] == "ok"
+            if self._result(str(name))["status"] == "ok"
         ]
         self._run_jobs(jobs)
         self._write_results()
@@ -453,8 +463,9 @@ class Experiment:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); `lmnas train {self.run.path}` writes it anew") from None
-        score = evaluate_saved(self.run.path, self.recipe, document, self.run.path / "model.safetensors", self.device)
-        recorded = self._result(f"test-searched-{document['seed']}")["value"]
+        opened = Opened(self.recipe, self.task, self.space, self.device)
+        score = evaluate_saved(opened, document, self.run.path / "model.safetensors")
+        recorded = self._result(str(JobName("test", "searched", document["seed"])))["value"]
         return {"value": score["value"], "recorded": recorded, "difference": abs(score["value"] - recorded)}
 
     def report(self) -> None:
@@ -488,11 +499,10 @@ def collect(experiment: Experiment) -> dict[str, Any]:
     }
     costs: dict[str, float] = {}
     for path in sorted((run.path / "jobs").glob("*/result.json")) if (run.path / "jobs").is_dir() else []:
-        name = path.parent.name
-        result = read_result(path.parent)
-        if result is None:  # broken: its job is done again
+        name, result = JobName.parse(path.parent.name), read_result(path.parent)
+        if name is None or result is None:  # no job's folder; or broken, and its job is done again
             continue
-        stage = name.split("-")[0]
+        stage = name.stage
         costs[f"{stage}_seconds"] = costs.get(f"{stage}_seconds", 0.0) + result.get("seconds", 0.0)
         if stage in ("train", "test"):
             score = _score(experiment, name, result)
@@ -515,7 +525,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
 def _details(run: Run) -> dict[str, Any]:
     """`details` of the test of the model that is handed over, where its task gives any."""
     model = _exported(run)
-    tested = read_result(run.job(f"test-searched-{model['seed']}")) if model else None
+    tested = read_result(run.job(str(JobName("test", "searched", model["seed"])))) if model else None
     if not model or not tested or "details" not in tested:
         return {}
     return {"details": {"model": "searched", "seed": model["seed"], **tested["details"]}}
@@ -528,22 +538,20 @@ def _exported(run: Run) -> dict[str, Any] | None:
     return None
 
 
-def _score(experiment: Experiment, name: str, result: dict[str, Any]) -> dict[str, Any]:
+def _score(experiment: Experiment, name: JobName, result: dict[str, Any]) -> dict[str, Any]:
     """One entry of `scores`; a diverged training has value None and its cause."""
-    stage, _, rest = name.partition("-")
-    model, _, seed = rest.rpartition("-")
-    fit_name = f"train-{model}-{seed}"
+    fit_name = str(replace(name, stage="train"))
     spec, fitted = read_spec(experiment.run.job(fit_name)), experiment._result(fit_name)
     assert spec is not None, fit_name
     score = {
-        "model": model,
+        "model": name.subject,
         "genotype_id": Genotype.from_dict(spec["genotype"]).id,
-        "split": result.get("split", "valid" if stage == "train" else "test"),
+        "split": result.get("split", "valid" if name.stage == "train" else "test"),
         "value": result.get("value"),
-        "seed": int(seed),
+        "seed": name.seed,
         "n_parameters": fitted.get("n_parameters"),
         "n_predictions": result.get("n_predictions"),
-        "stage": stage,
+        "stage": name.stage,
         "tokens_per_second": fitted.get("tokens_per_second"),
         "seconds": fitted.get("seconds"),
     }

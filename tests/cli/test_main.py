@@ -15,7 +15,6 @@ import lmnas
 from lmnas.core import registry
 from lmnas.core.errors import Interrupted
 from lmnas.core.genotype import load_genotype, shipped_names
-from lmnas.runs import jobs
 from lmnas.runs.directory import Run
 from lmnas.runs.experiment import Experiment
 from lmnas.runs.progress import Display
@@ -96,7 +95,7 @@ def test_text_answer_ends_with_table_sentence_and_report(finished):
 def test_running_again_does_no_work(finished, monkeypatch):
     run, arguments, document = finished
     before = {path: path.read_bytes() for path in run.rglob("*") if path.name in ("result.json", "model.safetensors")}
-    monkeypatch.setattr(jobs, "KINDS", {})
+    monkeypatch.setitem(registry.COMPONENTS, "job", {})
     again = answer(*arguments)
     assert {path: path.read_bytes() for path in before} == before
     for key in ("scores", "verdict", "candidates", "costs", "genotype"):

@@ -20,7 +20,7 @@ from lmnas.cli.score import batch_of_text, sampled
 from lmnas.core.genotype import load_genotype
 from lmnas.methods.proxies import transformer
 from lmnas.nn.kernels.library import exact_onednn_products
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 
 TABLE = Path(os.environ.get("LMNAS_DATA", "data")) / "nas-bench-nlp"
 

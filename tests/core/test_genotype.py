@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmnas.core.genotype import SHIPPED, Genotype, load_document, load_genotype, shipped_names
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 
 VALUES = st.one_of(st.integers(-5, 5), st.text(max_size=4), st.lists(st.integers(0, 3), max_size=3))
 CHOICES = st.dictionaries(st.text(min_size=1, max_size=5), VALUES, max_size=6)

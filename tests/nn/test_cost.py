@@ -21,7 +21,7 @@ from lmnas.nn.kernels.planned import fused_elements
 from lmnas.nn.kernels.reference import Program
 from lmnas.nn.train import Training
 from lmnas.runs import plan
-from lmnas.runs.jobs import build_model, open_space, open_task
+from lmnas.runs.build import build_model, open_space, open_task
 from lmnas.runs.recipe import load_recipe
 from lmnas.spaces.recurrent.cell import RecurrentCell
 from lmnas.tasks.language_modeling import BatchSettings, LanguageModel, ModelSettings

@@ -27,7 +27,7 @@ from lmnas.nn.train import (
     initialise,
     should_average,
 )
-from lmnas.runs.jobs import build_model
+from lmnas.runs.build import build_model
 
 CPU = torch.device("cpu")
 MINIMIZE = Objective("perplexity", "per word", "minimize")

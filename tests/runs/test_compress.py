@@ -14,6 +14,7 @@ import yaml
 
 import lmnas
 from lmnas.cli.main import main
+from lmnas.core import registry
 from lmnas.core.errors import Interrupted
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
@@ -21,8 +22,8 @@ from lmnas.core.seeds import generator
 from lmnas.nn.sparsity import training as sparse_training
 from lmnas.nn.sparsity.training import Sparsity, layout, sparsify
 from lmnas.nn.train import Training
-from lmnas.runs import jobs
-from lmnas.runs.jobs import smaller_genotype
+from lmnas.runs.build import covering_space
+from lmnas.runs.job_kinds.compress import smaller_genotype
 from lmnas.spaces.recurrent.layers import LayersBody
 from lmnas.tasks.language_modeling import ModelSettings
 
@@ -110,8 +111,7 @@ def test_a_run_becomes_a_smaller_one(done, trained, capsys, monkeypatch):
     assert sum(p.numel() for p in model.module.parameters()) == after["n_parameters"]
     assert "<svg" in (out / "strips.svg").read_text()
     # again: the same answer, no work
-    monkeypatch.setitem(jobs.KINDS, "compress", None)
-    monkeypatch.setitem(jobs.KINDS, "finetune", None)
+    monkeypatch.setitem(registry.COMPONENTS, "job", {})
     assert compress(capsys, *arguments) == (0, answer)
     # other settings would mix two compressions
     code, line = compress(capsys, *arguments, "--seed", 3)
@@ -272,7 +272,7 @@ def test_smaller_genotypes():
         {"cell": "lstm", "layers": 2, "units_1": 1},
         2,
     )
-    jobs.covering_space(changed)
+    covering_space(changed)
 
 
 # ------------------------------------------------------------------------------------------------- the planted network

@@ -18,7 +18,7 @@ from lmnas.core.errors import Interrupted, UserError
 from lmnas.core.events import read_events
 from lmnas.core.genotype import load_genotype
 from lmnas.core.job import read_result
-from lmnas.runs import jobs
+from lmnas.runs import build
 from lmnas.runs.directory import Run
 from lmnas.runs.executors.processes import MAX_LOST, Processes
 from lmnas.runs.recipe import load_recipe
@@ -35,7 +35,7 @@ def data(tmp_path_factory):
         patch.setenv("LMNAS_CACHE", str(folder / "cache"))
         yield path
     torch.set_num_threads(threads)
-    jobs._open_task.cache_clear()
+    build._open_task.cache_clear()
 
 
 def recipe(data, workers):

@@ -14,7 +14,7 @@ from lmnas.core.genotype import load_genotype
 from lmnas.core.job import Job
 from lmnas.core.seeds import generator
 from lmnas.nn.train import Optimizer, Training, fit, initialise, n_parameters
-from lmnas.runs.jobs import build_model, matching_width
+from lmnas.runs.build import build_model, matching_width
 from lmnas.tasks.image_classification import (
     BatchSettings,
     ImageClassification,

@@ -28,7 +28,7 @@ from lmnas.core.seeds import generator, rng
 from lmnas.core.text import columns
 from lmnas.nn.ops.conv import DepthwiseSeparable, SeparableConv
 from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 from lmnas.spaces.conv.cells import DartsConv, EnasMicro
 from lmnas.spaces.conv.network import Cell, Network, State, SupernetCell, SupernetNetwork, edges, first_edge, loose_ends
 

@@ -32,7 +32,7 @@ from lmnas.core.text import columns
 from lmnas.methods.proxies import predictor
 from lmnas.methods.proxies.recurrent import METRICS
 from lmnas.methods.proxies.statistics import Undefined, rank_correlations
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 from lmnas.spaces.recurrent.graph import RecurrentGraph
 from lmnas.spaces.recurrent.published import FILE, nas_bench_nlp
 

@@ -10,7 +10,7 @@ import torch
 from lmnas.cli.bench.contract import Say
 from lmnas.core.errors import UserError, nearest
 from lmnas.nn.kernels import Decided, decide, must_compile, set_kernel
-from lmnas.runs.jobs import open_device
+from lmnas.runs.build import open_device
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

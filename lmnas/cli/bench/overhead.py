@@ -29,7 +29,7 @@ from lmnas.core.text import columns
 from lmnas.methods.estimators.shared import Shared
 from lmnas.nn.train import Optimizer, Training, fit, initialise
 from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE
-from lmnas.runs.jobs import build_model
+from lmnas.runs.build import build_model
 from lmnas.spaces.recurrent.cell import RecurrentCell
 
 HELP = "time of a training step outside of the network"

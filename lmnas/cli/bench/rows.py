@@ -17,7 +17,7 @@ from lmnas.core.genotype import load_genotype
 from lmnas.core.seeds import generator, rng
 from lmnas.methods.strategies.gradient import LOOK_AHEAD_COPIES, architecture_gradient
 from lmnas.nn.kernels import linear_cross_entropy
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 from lmnas.spaces.recurrent.cell import RecurrentCell
 from lmnas.tasks.language_modeling import EVALUATION_TOKENS, LanguageModel, ModelSettings, segment
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from lmnas.runs.jobs import Report, run_job
-
-NamedSpec = tuple[str, dict[str, Any]]
+from lmnas.runs.work import NamedSpec, Report, Workplace
 
 
 def default_threads(workers: int) -> int:
@@ -21,12 +19,12 @@ class Inline:
     """`run(jobs)` yields (name, result) as jobs finish."""
 
     def __init__(self, run: Path, device: str, threads: int, report: Report, stop: Callable[[], bool]):
-        self.run_path, self.device, self.report, self.stop = run, device, report, stop
+        self.place, self.report, self.stop = Workplace(run, device), report, stop
         torch.set_num_threads(threads)
 
     def run(self, jobs: list[NamedSpec]) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, spec in jobs:
-            yield name, run_job(self.run_path, name, spec, self.device, self.report, self.stop)
+            yield name, self.place.do(name, spec, self.report, self.stop)
 
     def close(self) -> None:
         pass

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from lmnas.core.errors import Interrupted, UserError
-from lmnas.runs.executors.inline import NamedSpec
-from lmnas.runs.jobs import Report, run_job
+from lmnas.runs.work import NamedSpec, Report, Workplace
 
 MAX_LOST = 3
 """How often workers may die (killed, out of memory) before the run gives up."""
@@ -57,7 +56,7 @@ def _report(update: dict[str, Any]) -> None:
 def _work(run: str, name: str, spec: dict[str, Any], device: str) -> dict[str, Any]:
     if _stopping.is_set():
         raise Interrupted
-    return run_job(Path(run), name, spec, device, _report, _stopping.is_set)
+    return Workplace(Path(run), device).do(name, spec, _report, _stopping.is_set)
 
 
 class Processes:

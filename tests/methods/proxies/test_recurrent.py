@@ -14,7 +14,7 @@ from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.seeds import generator
 from lmnas.methods.proxies.recurrent import AMPLITUDES, METRICS, measure
 from lmnas.methods.proxies.statistics import cosine_score, covariance_score
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 from lmnas.spaces.recurrent.graph import GraphBody, RecurrentGraph, base_names, n_states
 
 T, B, V, WIDTHS = 7, 5, 11, (6, 4)

@@ -17,7 +17,7 @@ from lmnas.methods.strategies.gradient import Gradient, architecture_gradient
 from lmnas.nn.kernels import Program, decide, dispatch, edges, fused, reference, set_kernel
 from lmnas.nn.ops.dropout import draw_mask
 from lmnas.nn.train import Optimizer, Training, WeightTraining
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 from lmnas.spaces.recurrent.cell import RecurrentCell
 
 BATCH_NORMS = ("none", "nodes", "output")

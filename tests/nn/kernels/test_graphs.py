@@ -23,7 +23,7 @@ from lmnas.nn.kernels import Program, dispatch, graphs, kernel_in_use, segment, 
 from lmnas.nn.kernels.graphs import Recorded
 from lmnas.nn.ops.dropout import draw_mask
 from lmnas.nn.train import Optimizer, Training, WeightTraining, fit, initialise
-from lmnas.runs.jobs import build_model
+from lmnas.runs.build import build_model
 from lmnas.spaces.recurrent.cell import RecurrentCell
 
 PROGRAM = Program((0, 1, 2, 0), (0, 0, 1), (1, 2, 3))

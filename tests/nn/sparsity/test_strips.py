@@ -97,7 +97,7 @@ def test_strips_cover_everything_but_the_output_bias(cell, inner):
 
 def test_bodies_without_strips_are_refused():
     from lmnas.core.genotype import load_genotype
-    from lmnas.runs.jobs import covering_space
+    from lmnas.runs.build import covering_space
 
     genotype = load_genotype("darts-v2")
     model = LanguageModel(covering_space(genotype).build(genotype, 4), V, ModelSettings(width=4))

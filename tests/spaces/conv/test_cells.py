@@ -14,7 +14,7 @@ from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.seeds import generator, rng
 from lmnas.methods.strategies.gradient import architecture_gradient
 from lmnas.nn.train import n_parameters
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 from lmnas.spaces.conv.cells import DARTS_OPERATIONS, ENAS_OPERATIONS, DartsConv, EnasMicro
 from lmnas.spaces.conv.network import CellProgram, edges, first_edge, loose_ends
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.seeds import generator
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 from lmnas.spaces.conv.macro import OPS, ConvMacro, first_pair
 
 PUBLISHED = (

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmnas.core.genotype import load_genotype
 from lmnas.core.seeds import generator
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 
 
 def body(name, width):

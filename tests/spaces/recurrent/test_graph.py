@@ -11,7 +11,7 @@ import torch
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.seeds import generator
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 from lmnas.spaces.recurrent.graph import (
     ACTIVATIONS,
     RecurrentGraph,

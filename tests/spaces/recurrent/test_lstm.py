@@ -4,7 +4,7 @@ import torch
 
 from lmnas.core.genotype import load_genotype
 from lmnas.core.seeds import generator
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 
 T, B, H = 6, 3, 5
 

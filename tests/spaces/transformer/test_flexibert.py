@@ -12,7 +12,7 @@ from lmnas.cli.show import describe
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype
 from lmnas.core.seeds import generator
-from lmnas.runs.jobs import covering_space
+from lmnas.runs.build import covering_space
 from lmnas.runs.recipe import load_recipe
 from lmnas.spaces.transformer.flexibert import (
     OPERATIONS,

@@ -1,0 +1,87 @@
+"""Compressing a trained model: units taken out (`lmnas.nn.sparsity`) -> a smaller model.safetensors, its genotype."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from lmnas.core.genotype import Genotype
+from lmnas.core.job import Job
+from lmnas.nn.sparsity.training import OUTER, Sparsity, layout, sparsify
+from lmnas.nn.train import Training, n_parameters, save_weights
+from lmnas.runs.build import build_model, load_model, space_for
+from lmnas.runs.work import JobKind, Workplace
+
+DENSE = "dense.safetensors"
+"""The weights that a compression began from, in its directory."""
+
+
+@dataclass(frozen=True)
+class Compress(JobKind):
+    """Rounds of curvature, update and training; then the smaller model, which must score as the masked one does.
+
+    Attributes:
+        dense: `genotype` and `model` of the job that fitted the dense model.
+        digest: of its weights.
+    """
+
+    kind: ClassVar[str] = "compress"
+    dense: dict[str, Any]
+    digest: str
+    seed: int
+    learning_rate: float
+    sparsity: dict[str, Any]
+
+    def do(self, place: Workplace, job: Job) -> Mapping[str, Any]:
+        recipe, task, device = place.opened.recipe, place.opened.task, place.opened.device
+        training = at_rate(recipe.train.training, self.learning_rate)
+        net = load_model(recipe, task, self.dense, place.run / DENSE).to(device)
+        found = sparsify(net, task, training, Sparsity(**self.sparsity), self.seed, job, device)
+        strips = layout(net)
+        kept = {
+            family.name: torch.zeros(family.size, dtype=torch.bool).index_fill(
+                0, torch.tensor(found["kept"][family.name]), True
+            )
+            for family in strips.families
+        }
+        genotype, width = smaller_genotype(Genotype.from_dict(self.dense["genotype"]), found["kept"])
+        model = {**self.dense["model"], "width": width}
+        changed = replace(training, model={**training.model, **model})
+        reduced = build_model(task, genotype, changed, space=space_for(recipe, genotype)).to(device)
+        reduced.load_state_dict(strips.cut(net.state_dict(), kept))
+        batches = training.batch_settings(task)
+        masked, cut = (task.evaluate(m, "valid", batches) for m in (net, reduced))
+        # one function twice, but for the order of its sums
+        assert abs(masked.value - cut.value) <= 1e-3 * abs(masked.value), (masked.value, cut.value)
+        save_weights(reduced, job)
+        return {
+            **found,
+            "genotype": genotype.to_dict(),
+            "model": model,
+            "n_parameters_before": n_parameters(net),
+            "n_parameters": n_parameters(reduced),
+            "masked_value": masked.value,
+            "value": cut.value,
+            "n_predictions": cut.n_predictions,
+            "split": "valid",
+            "seconds": job.seconds,
+        }
+
+
+def at_rate(training: Training, learning_rate: float) -> Training:
+    """The same training by SGD at another rate."""
+    optimizer = replace(training.optimizer, method="sgd", learning_rate=learning_rate, decay=1.0)
+    return replace(training, optimizer=optimizer)
+
+
+def smaller_genotype(genotype: Genotype, kept: dict[str, list[int]]) -> tuple[Genotype, int]:
+    """What is left of an `lstm` or `recurrent-layers`, and its width; an `lstm` stays one while all layers agree."""
+    layers = genotype.choices["layers"]
+    width = len(kept[OUTER])
+    inner = [len(kept[f"layer {i}"]) for i in range(1, layers)]
+    if genotype.space != "recurrent-layers" and all(units == width for units in inner):
+        return genotype, width
+    cell = genotype.choices.get("cell", "lstm")
+    units = {f"units_{i}": count for i, count in enumerate(inner, start=1)}
+    return Genotype("recurrent-layers", {"cell": cell, "layers": layers, **units}), width
