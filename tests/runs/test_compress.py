@@ -177,7 +177,7 @@ def language_model(task, cell, inner, steps=0):
     stream = task.stream("train", settings().batch_settings(task), 0)
     for _ in range(steps):
         optimizer.zero_grad()
-        model(stream.next(), None, {})[0].backward()
+        model(stream.next(), {}).value.backward()
         optimizer.step()
     return model
 

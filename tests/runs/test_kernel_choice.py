@@ -10,7 +10,7 @@ import torch
 import yaml
 from killing import assert_same, go, incidents
 
-from lmnas.cli.main import main as cli
+from lmnas.cli import main as cli
 from lmnas.core.errors import UserError
 from lmnas.nn.kernels import DEFAULT_CHUNK, cross_entropy, dispatch, fused, kernel_in_use
 from lmnas.runs import experiment, plan
