@@ -8,7 +8,7 @@ from command_line import answer, write_recipe
 from lmnas.core.genotype import load_genotype
 from lmnas.runs.build import build_model, open_task, space_for
 from lmnas.runs.recipe import load_recipe
-from lmnas.spaces.recurrent.graph import GraphBody
+from lmnas.spaces.recurrent.graph_body import GraphBody
 
 
 def graph_recipe(path, text, **estimator):

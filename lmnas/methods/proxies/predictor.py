@@ -28,6 +28,7 @@ from lmnas.core.genotype import Genotype
 from lmnas.core.seeds import generator
 from lmnas.methods.proxies.family import Family, Subject, Values
 from lmnas.methods.proxies.statistics import Undefined, covariance_score
+from lmnas.spaces.recurrent.graph_form import n_states
 
 WIDTH, LAYERS, T, B = 64, 3, 64, 64
 LAGS = (0, 1, 2, 3, 4, 8)
@@ -144,7 +145,7 @@ def structure(recipe: Mapping[str, Any]) -> dict[str, float]:
         ways, in nodes, from x and from h_prev_0 to h_new_0 (9 where there is none), and over nodes other than linear
         ones and activations from any old state to any new one.
     """
-    n = sum(name.startswith("h_new_") for name in recipe)
+    n = n_states(recipe)
     counts = Counter(node["op"] for node in recipe.values())
     found = {"states": float(n), "nodes": float(len(recipe))}
     found |= {f"count_{op}": float(counts[op]) for op in OPERATIONS}

@@ -4,6 +4,9 @@ Settings choose the variant: DARTS (8 nodes after a fixed tanh node 0, mean of a
 its predecessors; Liu et al., 2019, arXiv 1806.09055) or ENAS (11 nodes after a node 0 with a chosen activation, mean of
 the loose ends, one weight pair per (node, predecessor); Pham et al., 2018, arXiv 1802.03268, section 2).
 
+The authors' search code of ENAS (https://github.com/melodyguan/enas) has a weight pair per (node, predecessor,
+activation); here, as in the paper, activations share it.
+
 Departures: batch norm uses batch statistics always (the DARTS paper; its code mixes running averages of all nodes). In
 a mixture, `loose-ends` is relaxed: a node counts by the probability that nobody reads it, which is exact for one-hot
 weights. Neither paper runs a mixture over loose ends.

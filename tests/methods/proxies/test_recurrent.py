@@ -15,7 +15,9 @@ from lmnas.core.seeds import generator
 from lmnas.methods.proxies.recurrent import AMPLITUDES, METRICS, measure
 from lmnas.methods.proxies.statistics import cosine_score, covariance_score
 from lmnas.runs.build import covering_space
-from lmnas.spaces.recurrent.graph import GraphBody, RecurrentGraph, base_names, n_states
+from lmnas.spaces.recurrent.graph import RecurrentGraph
+from lmnas.spaces.recurrent.graph_body import GraphBody
+from lmnas.spaces.recurrent.graph_form import base_names, n_states
 
 T, B, V, WIDTHS = 7, 5, 11, (6, 4)
 DATA = Path(os.environ.get("LMNAS_DATA", "data"))
