@@ -7,7 +7,8 @@ no spread, the same architecture twice - is called that rather than given a p-va
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from scipy import stats
@@ -16,20 +17,43 @@ from lmnas.core.contracts import Objective
 
 TEST = "Welch's t-test, two-sided"
 SEARCHED = "searched"
-NAMES = {
-    SEARCHED: "the searched cell",
-    "random": "the random-search cell",
-    "lstm": "the LSTM",
-    "resnet": "the ResNet",
-}
-"""How a model of the records is called in a sentence, in the order of the table."""
-COMPARED = {"tokens": ("lstm", "random"), "images": ("resnet", "random")}
-"""Baselines that a verdict wants, in the order of the sentence, by what predictions are made for."""
+RANDOM = "random"
+"""The best of random candidates: a baseline of every search."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How models are called in the sentence.
+
+    Attributes:
+        noun: what one searched architecture is: a cell, a network.
+        baselines: hand-made networks that a verdict wants, and what each is called: `lstm` -> `LSTM`.
+    """
+
+    noun: str = "cell"
+    baselines: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The baselines that are missed where they were not run, in the order of the sentence."""
+        return (*self.baselines, RANDOM)
+
+    def name(self, model: str) -> str:
+        names = {SEARCHED: f"the searched {self.noun}", RANDOM: f"the random-search {self.noun}"}
+        names |= {key: f"the {called}" for key, called in self.baselines.items()}
+        return names.get(model, f"the model {model!r}")
+
+    def order(self, models: Iterable[str]) -> list[str]:
+        """In the order of the table: the known ones, then the others by alphabet."""
+        return _first(models, (SEARCHED, RANDOM, *self.baselines))
+
 
 Record = Mapping[str, Any]
 
 
-def summarise(scores: Sequence[Record], objective: Objective, level: float = 0.05) -> dict[str, Any]:
+def summarise(
+    scores: Sequence[Record], objective: Objective, level: float = 0.05, wording: Wording | None = None
+) -> dict[str, Any]:
     """Mean, interval and comparison of every model's test scores, and the sentence that says what they show.
 
     Args:
@@ -37,23 +61,25 @@ def summarise(scores: Sequence[Record], objective: Objective, level: float = 0.0
             `tokens_per_second` and `seconds`; only the split `test` counts. A value that is None or not finite
             is a run that diverged.
         level: of the tests; intervals cover 1 - level.
+        wording: names of the models in the sentence.
 
     Returns:
         `sentence`, `test`, `level`, `models` (one row per model) and `comparisons` (searched against each baseline;
         `difference` is searched minus baseline, `reason` says why there is no p-value).
     """
+    wording = wording or Wording()
     runs: dict[str, list[Record]] = {}
     for score in scores:
         if score["split"] == "test":
             runs.setdefault(score["model"], []).append(score)
-    models = {name: _describe(name, runs[name], level) for name in sorted(runs, key=_order)}
+    models = {name: _describe(name, runs[name], level) for name in wording.order(runs)}
     comparisons = [
         _compare(runs, models, name, objective, level)
-        for name in sorted(runs, key=lambda name: _order(name, _wanted(objective)))
+        for name in _first(runs, wording.wanted)
         if name != SEARCHED and models[name]["n"] and models.get(SEARCHED, {"n": 0})["n"]
     ]
     return {
-        "sentence": _sentence(models, comparisons, objective, level),
+        "sentence": _sentence(models, comparisons, objective, level, wording),
         "test": TEST,
         "level": level,
         "models": list(models.values()),
@@ -69,17 +95,9 @@ def format_value(value: float | None, digits: int = 4) -> str:
     return f"{value:.{max(0, digits - 1 - magnitude)}f}"
 
 
-def _wanted(objective: Objective) -> tuple[str, ...]:
-    return COMPARED[objective.items or "tokens"]
-
-
-def _order(model: str, first: Sequence[str] = tuple(NAMES)) -> tuple[int, str]:
-    """Sort key: the names of `first` as they stand there, then the others by alphabet."""
-    return (first.index(model) if model in first else len(first), model)
-
-
-def _name(model: str) -> str:
-    return NAMES.get(model, f"the model {model!r}")
+def _first(models: Iterable[str], first: Sequence[str]) -> list[str]:
+    """`models` with those of `first` as they stand there, then the others by alphabet."""
+    return sorted(models, key=lambda model: (first.index(model) if model in first else len(first), model))
 
 
 def _values(runs: Sequence[Record]) -> list[float]:
@@ -159,24 +177,31 @@ def _moments(values: Sequence[float]) -> tuple[float, float, int]:
 # -------------------------------------------------------------------------------------------------------- sentence
 
 
-def _sentence(models: Mapping[str, Record], comparisons: Sequence[Record], objective: Objective, level: float) -> str:
+def _sentence(
+    models: Mapping[str, Record],
+    comparisons: Sequence[Record],
+    objective: Objective,
+    level: float,
+    wording: Wording,
+) -> str:
     """The verdict in words: clauses about the baselines, then what is missing, diverged or tested."""
+    searched_name = wording.name(SEARCHED)
     if SEARCHED not in models:
-        return "No verdict yet: the searched cell has no test score."
+        return f"No verdict yet: {searched_name} has no test score."
     searched = models[SEARCHED]
     if not searched["n"]:
-        return f"No verdict: {_diverged(searched)}."
+        return f"No verdict: {_diverged(searched, wording)}."
     clauses: list[str] = []
     for comparison in comparisons:
-        who, measure = ("it", "") if clauses else ("the searched cell", f"test {objective.name} ")
+        who, measure = ("it", "") if clauses else (searched_name, f"test {objective.name} ")
         numbers = " against ".join(_apart(searched["mean"], models[comparison["against"]]["mean"]))
-        clauses.append(_clause(comparison, who, measure + numbers))
+        clauses.append(_clause(comparison, who, wording.name(comparison["against"]), measure + numbers))
     if not clauses:
         mean = format_value(searched["mean"])
-        clauses.append(f"the searched cell reached test {objective.name} {mean}; there is no baseline to compare with")
+        clauses.append(f"{searched_name} reached test {objective.name} {mean}; there is no baseline to compare with")
     sentences = ["; ".join(clauses)]
-    sentences += [f"{_name(model)} was not run" for model in _wanted(objective) if model not in models]
-    sentences += [_diverged(row) for row in models.values() if row["diverged"]]
+    sentences += [f"{wording.name(model)} was not run" for model in wording.wanted if model not in models]
+    sentences += [_diverged(row, wording) for row in models.values() if row["diverged"]]
     if any(comparison["p_value"] is not None for comparison in comparisons):
         sentences.append(f"{TEST}, level {level:g}, {_seeds(models)}")
     return " ".join(text[0].upper() + text[1:] + "." for text in sentences)
@@ -190,8 +215,8 @@ def _apart(first: float | None, second: float | None) -> tuple[str, str]:
     return format_value(first, digits), format_value(second, digits)
 
 
-def _clause(comparison: Record, who: str, numbers: str) -> str:
-    other, p_value = _name(comparison["against"]), comparison["p_value"]
+def _clause(comparison: Record, who: str, other: str, numbers: str) -> str:
+    p_value = comparison["p_value"]
     if comparison["reason"] == "same architecture":
         return f"{who} and {other} are the same architecture, so any difference is noise ({numbers})"
     if p_value is None:
@@ -204,12 +229,12 @@ def _clause(comparison: Record, who: str, numbers: str) -> str:
     return f"no evidence that {who} beats {other} ({numbers})"
 
 
-def _diverged(row: Record) -> str:
+def _diverged(row: Record, wording: Wording) -> str:
     total = row["n"] + row["diverged"]
     if not row["n"]:
-        return f"{'the only run' if total == 1 else f'all {total} runs'} of {_name(row['model'])} diverged"
+        return f"{'the only run' if total == 1 else f'all {total} runs'} of {wording.name(row['model'])} diverged"
     verb = "is" if row["diverged"] == 1 else "are"
-    return f"{row['diverged']} of {total} runs of {_name(row['model'])} diverged and {verb} left out of the mean"
+    return f"{row['diverged']} of {total} runs of {wording.name(row['model'])} diverged and {verb} left out of the mean"
 
 
 def _seeds(models: Mapping[str, Record]) -> str:

@@ -9,7 +9,7 @@ from searches import epoch, pruned
 
 from lmnas.core.contracts import Objective
 from lmnas.report.html import _read_curves, write_report
-from lmnas.report.verdict import summarise
+from lmnas.report.verdict import Wording, summarise
 
 OBJECTIVE = {"name": "perplexity", "unit": "per word", "direction": "minimize"}
 EVIL = "<script>alert('&')</script>"
@@ -100,7 +100,7 @@ def run_dir(tmp_path):
             candidate | {"stage": "search", "value": None, "is_proxy": True, "failure": EVIL, "genotype_id": "def"},
         ],
         "scores": scores,
-        "verdict": summarise(scores, Objective(**OBJECTIVE)),
+        "verdict": summarise(scores, Objective(**OBJECTIVE), wording=Wording("cell", {"lstm": "LSTM"})),
         "costs": {"search_seconds": 3725.0, "select_seconds": 65.0},
     }
     (tmp_path / "results.json").write_text(json.dumps(results))

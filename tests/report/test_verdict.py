@@ -5,10 +5,17 @@ import math
 import pytest
 
 from lmnas.core.contracts import Objective
-from lmnas.report.verdict import format_value, summarise
+from lmnas.report import verdict as verdicts
+from lmnas.report.verdict import Wording, format_value
 
 PERPLEXITY = Objective("perplexity", "per word", "minimize")
+CELL = Wording("cell", {"lstm": "LSTM"})
+IMAGES = Wording("cell", {"resnet": "ResNet"})
 ACCURACY = Objective("accuracy", "of tokens", "maximize")
+
+
+def summarise(records, objective, wording=CELL):
+    return verdicts.summarise(records, objective, wording=wording)
 
 
 def scores(**models):
@@ -48,11 +55,19 @@ def test_worked_by_hand():
 def test_images_want_a_residual_network():
     """The hand-made baseline is named as what it is, and missed where it was not run."""
     error = Objective("error", "%", "minimize", worst=100.0, items="images")
-    verdict = summarise(scores(searched=[5.0, 5.2], resnet=[8.0, 8.1]), error)
+    verdict = summarise(scores(searched=[5.0, 5.2], resnet=[8.0, 8.1]), error, IMAGES)
     assert "The searched cell beats the ResNet (test error 5.100 against 8.050" in verdict["sentence"]
     assert "random-search cell was not run" in verdict["sentence"] and "LSTM" not in verdict["sentence"]
-    alone = summarise(scores(searched=[5.0]), error)["sentence"]
+    alone = summarise(scores(searched=[5.0]), error, IMAGES)["sentence"]
     assert "The ResNet was not run." in alone and "LSTM" not in alone
+
+
+def test_the_noun_is_the_spaces():
+    decoder = Wording("decoder", {})
+    sentence = summarise(scores(searched=[1.0, 2.0], random=[3.0, 4.1]), PERPLEXITY, decoder)["sentence"]
+    assert "the searched decoder beats the random-search decoder (test perplexity 1.500" in sentence
+    assert "cell" not in sentence and "LSTM" not in sentence
+    assert summarise([], PERPLEXITY, decoder)["sentence"].startswith("No verdict yet: the searched decoder has")
 
 
 def test_published_example():
