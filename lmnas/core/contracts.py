@@ -44,14 +44,14 @@ class Objective:
     Attributes:
         worst: the worst value that there can be, where there is one (an error rate: 100 %); a reward can then be the
             share of it that was avoided.
-        items: what predictions are made for, and throughput counts (`images`); None: tokens.
+        items: what predictions are made for, and throughput counts, in the plural (`images`); None: tokens.
     """
 
     name: str
     unit: str
     direction: Literal["minimize", "maximize"]
     worst: float | None = None
-    items: Literal["tokens", "images"] | None = None
+    items: str | None = None
 
     def better(self, first: float, second: float) -> bool:
         """Whether `first` beats `second`; a value that is not finite beats nothing."""
@@ -210,6 +210,8 @@ class Space(ABC):
         makes: what its bodies can do, in words of `lmnas.core.capabilities`.
         kernels: fast kernels that its bodies' code can run on.
         noun: what a report calls one of its architectures.
+        hand_made: what a verdict calls it, if it is a hand-made network that searched ones of the same use are compared
+            with; empty: it is none.
         decisions: the choices of a genotype, which strategies read.
     """
 
@@ -217,6 +219,7 @@ class Space(ABC):
     makes: frozenset[str]
     kernels: frozenset[str] = frozenset()
     noun: str = "network"
+    hand_made: str = ""
     decisions: Decisions
 
     @classmethod

@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from scipy import stats
 
 from lmnas.core.contracts import Objective
+from lmnas.report.verdict import RANDOM, SEARCHED
 
 # A page may exchange these for its own light and dark colours; those of models and operations suit both.
 INK = "#1b2733"
@@ -29,11 +30,11 @@ PAPER = "#fefefe"
 INPUT_FILL = "#cfe3f7"
 OUTPUT_FILL = "#d3edda"
 
-MODEL_COLOURS = {"searched": "#2f7fd1", "random": "#d9822b"}
+MODEL_COLOURS = {SEARCHED: "#2f7fd1", RANDOM: "#d9822b"}
 OTHER_COLOURS = ("#3d9a6d", "#a05ec9", "#c2527a", "#8a8f2d", "#4aa3b0", "#7d6b5d")
 OP_COLOURS = (*MODEL_COLOURS.values(), *OTHER_COLOURS)
 
-TABLE_COLOUR = MODEL_COLOURS["searched"]
+TABLE_COLOUR = MODEL_COLOURS[SEARCHED]
 
 FONT_SIZE = 9
 STYLE: Any = {

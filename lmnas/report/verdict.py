@@ -5,6 +5,7 @@ over training seeds. The levels are not corrected for the number of baselines. A
 no spread, the same architecture twice - is called that rather than given a p-value.
 """
 
+import contextlib
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,10 @@ from typing import Any
 
 from scipy import stats
 
-from lmnas.core.contracts import Objective
+from lmnas.core import registry
+from lmnas.core.capabilities import lacking
+from lmnas.core.contracts import Objective, Space, Task
+from lmnas.core.errors import UserError
 
 TEST = "Welch's t-test, two-sided"
 SEARCHED = "searched"
@@ -32,6 +36,17 @@ class Wording:
 
     noun: str = "cell"
     baselines: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, space: Space, task: Task) -> "Wording":
+        """The words for a run in `space` on `task`, whose baselines are the hand-made networks that fit the task."""
+        found = {}
+        for name in registry.names("space"):
+            with contextlib.suppress(UserError):  # another package's space that is not installed here
+                other = registry.component("space", name)
+                if other.hand_made and not lacking(task.takes, other.makes):
+                    found[name] = other.hand_made
+        return cls(space.noun, found)
 
     @property
     def wanted(self) -> tuple[str, ...]:

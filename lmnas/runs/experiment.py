@@ -28,7 +28,7 @@ from lmnas.core.text import seconds_text
 from lmnas.methods.estimators.shared import prepared_strategy
 from lmnas.nn.kernels import must_compile, unavailable
 from lmnas.report.html import write_report
-from lmnas.report.verdict import summarise
+from lmnas.report.verdict import Wording, summarise
 from lmnas.runs.build import (
     Opened,
     count_parameters,
@@ -488,6 +488,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
     results: dict[str, Any] = {
         "format": FORMAT,
         "name": recipe.name,
+        "noun": experiment.space.noun,
         "objective": {key: value for key, value in asdict(objective).items() if value is not None},
         "data": task.data(),
         "environment": experiment.environment(),
@@ -517,7 +518,8 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         results["genotype"] = {**genotype.to_dict(), "id": genotype.id}
         results["diagram"] = {"title": diagram.title, "nodes": diagram.nodes, "edges": diagram.edges}
     if any(score["split"] == "test" for score in results["scores"]):
-        results["verdict"] = summarise(results["scores"], objective, recipe.level)
+        wording = Wording.of(experiment.space, task)
+        results["verdict"] = summarise(results["scores"], objective, recipe.level, wording)
         results |= _details(run)
     return results
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from lmnas.core import registry
 from lmnas.core.contracts import Objective
 from lmnas.report import verdict as verdicts
 from lmnas.report.verdict import Wording, format_value
@@ -68,6 +69,26 @@ def test_the_noun_is_the_spaces():
     assert "the searched decoder beats the random-search decoder (test perplexity 1.500" in sentence
     assert "cell" not in sentence and "LSTM" not in sentence
     assert summarise([], PERPLEXITY, decoder)["sentence"].startswith("No verdict yet: the searched decoder has")
+
+
+@pytest.mark.parametrize(
+    "space, task, expected",
+    [
+        ("recurrent-cell", "language-modeling", CELL),
+        ("recurrent-sparse", "language-modeling", CELL),
+        ("lstm", "language-modeling", CELL),
+        ("darts-conv", "image-classification", IMAGES),
+        ("enas-macro", "image-classification", Wording("network", {"resnet": "ResNet"})),
+    ],
+)
+def test_words_come_from_the_components(space, task, expected):
+    assert Wording.of(registry.component("space", space), registry.component("task", task)) == expected
+
+
+def test_a_space_that_is_not_installed_is_no_baseline(monkeypatch):
+    monkeypatch.setitem(registry.COMPONENTS["space"], "gone", "no_such_package:Gone")
+    spaces, tasks = (registry.component(*pair) for pair in (("space", "lstm"), ("task", "language-modeling")))
+    assert Wording.of(spaces, tasks) == CELL
 
 
 def test_published_example():

@@ -64,6 +64,7 @@ class _ConvCells(Relaxed):
     """What both spaces do alike. Nodes 0 and 1 are a cell's inputs, chosen ones count from 2."""
 
     makes = frozenset({"image"})
+    noun = "cell"
     no_switches = NORMS_UNDO
     loose_ends: bool
 

@@ -28,6 +28,7 @@ class ResNet(Space):
 
     name = "resnet"
     makes = frozenset({"image"})
+    hand_made = "ResNet"
 
     def __init__(self, *, max_blocks: Annotated[int, Field(ge=1, le=LARGEST)] = 3):
         """

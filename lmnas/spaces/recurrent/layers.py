@@ -28,6 +28,7 @@ class RecurrentLayers(Space):
 
     name = "recurrent-layers"
     makes = RECURRENT
+    noun = "cell"
 
     def __init__(self, *, max_layers: Annotated[int, Field(ge=1, le=8)] = 3, units: list[Count] | None = None):
         """

@@ -25,6 +25,8 @@ class LSTM(Space):
 
     name = "lstm"
     makes = RECURRENT
+    noun = "cell"
+    hand_made = "LSTM"
 
     def __init__(self, *, max_layers: Annotated[int, Field(ge=1, le=8)] = 3):
         """
