@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lmnas.core.capabilities import lacking
-from lmnas.core.contracts import ImageBody, Model
+from lmnas.core.contracts import Diagram, ImageBody, Model
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype, load_document
 from lmnas.nn.train import n_parameters
@@ -59,15 +59,8 @@ def describe(name: str, width: int | None, vocabulary: int | None, out: Path) ->
         if "overflow" not in str(error).lower():  # torch counts bytes in 64 bits
             raise
         raise UserError(f"--width {width} --vocabulary {vocabulary}: no machine holds a model that large") from None
-    diagram = space.diagram(genotype)
     stem = Path(name).stem
-    pictures = {"svg": out / f"{stem}.svg", "png": out / f"{stem}.png"}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        draw(diagram, pictures["svg"], "svg")
-        draw(diagram, pictures["png"], "png")
-    except OSError as error:
-        raise UserError(f"--out {out}: pictures cannot be written ({error.strerror})") from None
+    pictures = _draw(space.diagram(genotype), out, stem)
     result = {
         "genotype_id": genotype.id,
         **genotype.to_dict(),
@@ -79,22 +72,44 @@ def describe(name: str, width: int | None, vocabulary: int | None, out: Path) ->
         "n_parameters_body": n_parameters(body),
         "pictures": {kind: str(path) for kind, path in pictures.items()},
     }
+    lines = [
+        f"{document.get('name', stem)}: genotype {genotype.id} of space {genotype.space}",
+        *([f"source: {document['source']}"] if document.get("source") else []),
+        *(f"  {name} = {value}" for name, value in genotype.choices.items()),
+        f"parameters: {_counted(result, of_images)}",
+        f"pictures: {pictures['svg']}, {pictures['png']}",
+    ]
+    return result, "\n".join(lines)
+
+
+def _draw(diagram: Diagram, out: Path, stem: str) -> dict[str, Path]:
+    """Format -> path of the pictures written.
+
+    Raises:
+        UserError: `out` cannot be written to.
+    """
+    pictures = {"svg": out / f"{stem}.svg", "png": out / f"{stem}.png"}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        draw(diagram, pictures["svg"], "svg")
+        draw(diagram, pictures["png"], "png")
+    except OSError as error:
+        raise UserError(f"--out {out}: pictures cannot be written ({error.strerror})") from None
+    return pictures
+
+
+def _counted(result: dict[str, Any], of_images: bool) -> str:
+    """Numbers of parameters in words."""
+    width, bias = result["width"], result["decoder_bias"]
     counted = f"{result['n_parameters_body']:,} in the body, for embeddings of width {width}"
     if of_images:
         counted = (
             f"{result['n_parameters']:,} as a classifier of {width} channels at first and {CLASSES} classes, "
             f"{result['n_parameters_body']:,} in the body"
         )
-    elif model is not None:
+    elif result["n_parameters"] is not None:
         counted = (
-            f"{result['n_parameters']:,} as a language model of width {width} and {vocabulary:,} words "
+            f"{result['n_parameters']:,} as a language model of width {width} and {result['vocabulary']:,} words "
             f"({'with' if bias else 'without'} an output bias), {result['n_parameters_body']:,} in the cell"
         )
-    lines = [
-        f"{document.get('name', stem)}: genotype {genotype.id} of space {genotype.space}",
-        *([f"source: {document['source']}"] if document.get("source") else []),
-        *(f"  {name} = {value}" for name, value in genotype.choices.items()),
-        f"parameters: {counted}",
-        f"pictures: {pictures['svg']}, {pictures['png']}",
-    ]
-    return result, "\n".join(lines)
+    return counted

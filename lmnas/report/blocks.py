@@ -75,7 +75,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Panel:
-    """What a renderer made of one entry, and which others of the record it has shown with it."""
+    """Blocks of one entry, and the names of the other entries of the record that they show too."""
 
     blocks: Sequence[Block]
     used: Collection[str] = ()

@@ -34,7 +34,7 @@ CURVES = {"search": "Search", "select": "Selection: short training of the best",
 SHOWN = 30
 """Candidates listed per stage; a search may have thousands."""
 NOUN = "cell"
-"""What an architecture is called where the records do not say: those of 0.1.0."""
+"""Noun for an architecture where the records have none: those of 0.1.0."""
 
 THEME = {
     plots.INK: "ink",
@@ -272,7 +272,7 @@ def _stage(title: str, candidates: Sequence[Records], objective: Objective) -> S
 
 
 def _details(details: Records, objective: Objective) -> dict[str, Any]:
-    """What the task says of the handed-over model's test beyond the score; nothing for tasks without details."""
+    """Blocks of the details that the task gave with the test score of the model that is handed over."""
     entries = {name: value for name, value in details.items() if name not in ("model", "seed")}
     seed = details.get("seed")
     return {"details": rendered(entries, Context(details, seed, tables.items(objective))), "details_seed": seed}

@@ -135,7 +135,7 @@ def learning_curves(curves: Sequence[Curve], objective: Objective) -> str | None
 
 
 def search_curves(curves: Sequence[Curve]) -> list[tuple[str, str]]:
-    """How the strategy's choice moved: entropy, reward and the mean weight of every operation, by epoch.
+    """Curves of the strategy's choice: entropy, reward and the mean weight of every operation, by epoch.
 
     Returns:
         (caption, SVG text) pairs; empty where the records hold no statistics.
@@ -169,7 +169,7 @@ def search_curves(curves: Sequence[Curve]) -> list[tuple[str, str]]:
 
 
 def candidate_plot(candidates: Sequence[Mapping[str, Any]], objective: Objective) -> tuple[str, str] | None:
-    """Whether the proxy told anything: its score against validation after short training, a dot per candidate.
+    """Proxy score against validation after short training, a dot per candidate.
 
     Returns:
         (caption, SVG text); None with fewer than two candidates that have both.

@@ -25,7 +25,7 @@ def header(verdict: Verdict, objective: Objective) -> list[str]:
 
 
 def items(objective: Objective) -> str:
-    """What predictions are made for, and throughput counts."""
+    """Unit of throughput: the things that predictions are made for, in the plural."""
     return objective.items or "tokens"
 
 

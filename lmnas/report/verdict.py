@@ -27,7 +27,7 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Wording:
-    """How models are called in the sentence.
+    """Names of models in the sentence.
 
     Attributes:
         noun: what one searched architecture is: a cell, a network.
