@@ -29,6 +29,7 @@ from lmnas.nn.train import WeightTraining
 from lmnas.runs import build
 from lmnas.runs.build import open_space
 from lmnas.runs.directory import Record, Run
+from lmnas.runs.progress import Stop
 from lmnas.runs.recipe import load_recipe
 
 STRATEGIES = {
@@ -292,8 +293,9 @@ def test_changed_data_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupts_save_and_tell_how_to_continue(untouched, tmp_path, capfd):
-    """Ctrl-C in the search, SIGTERM in a training, then an impatient second Ctrl-C: 130 each time, and the same end."""
+def test_interrupts_save_and_tell_how_to_continue(untouched, tmp_path, capfd, monkeypatch):
+    """Ctrl-C in the search, SIGTERM twice at once (as `timeout` sends it) in a training, then an impatient second
+    Ctrl-C: 130 each time, and the same end."""
     document, reference, _, _ = untouched("random")
     path = tmp_path / "run"
     command = ["search", write_recipe(tmp_path, document), "--run", str(path)]
@@ -311,14 +313,15 @@ def test_interrupts_save_and_tell_how_to_continue(untouched, tmp_path, capfd):
         Job.save = with_signals
         return cli.main(command)
 
-    for job, number in (("search-0", signal.SIGINT), ("train-searched-0", signal.SIGTERM)):
-        assert finished(forked(partial(signalled, job, number))) == 130
+    for job, *numbers in (("search-0", signal.SIGINT), ("train-searched-0", signal.SIGTERM, signal.SIGTERM)):
+        assert finished(forked(partial(signalled, job, *numbers))) == 130
         assert len(list((path / "jobs" / job / "checkpoints").glob("*-extra-*"))) == 1
         message = capfd.readouterr().err.splitlines()[-1]
         assert message.startswith("lmnas: stopped, everything is saved; the same command continues")
         assert f"lmnas {' '.join(command)}" in message
         assert read_events(path / "incidents.jsonl")[-1]["event"] == "interrupted"
 
+    monkeypatch.setattr(Stop, "TOGETHER", 0.0)
     assert finished(forked(partial(signalled, "train-random-0", signal.SIGINT, signal.SIGINT))) == 130
     assert not list((path / "jobs" / "train-random-0" / "checkpoints").glob("*-extra-*"))
     go(path, document)

@@ -4,7 +4,9 @@ Exit codes: 0 done, 2 the user's mistake (one line says which), 130 interrupted 
 """
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,21 +150,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"unexpected argument {rest[0]!r} (see `lmnas {options.command} --help`)")
         return COMMANDS[options.command](options, rest)
     except UserError as error:
-        print(f"lmnas: {error}", file=sys.stderr)
+        note(f"lmnas: {error}")
         return 2
-    except BrokenPipeError:
-        return 1
+    except BrokenPipeError:  # the reader has seen enough; what is left goes nowhere, also at the interpreter's end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
-        print(f"lmnas: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        note(f"lmnas: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
         return 2
     except KeyboardInterrupt:
-        print("lmnas: stopped before the work began", file=sys.stderr)
+        note("lmnas: stopped before the work began")
         return 130
 
 
 def say(options: argparse.Namespace, document: dict[str, Any], text: str) -> None:
     """The command's answer: JSON if asked for, else text."""
-    print(json.dumps(document) if options.json else text)
+    print(json.dumps(document) if options.json else text, flush=True)
 
 
 def _search(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -203,7 +206,7 @@ def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | N
         except Interrupted:
             run.note("interrupted")
             again = f"lmnas search {options.recipe} --run {path}" if stage is None else f"lmnas {stage} {path}"
-            print(f"lmnas: stopped, everything is saved; the same command continues ({again})", file=sys.stderr)
+            note(f"lmnas: stopped, everything is saved; the same command continues ({again})")
             return 130
         report = path / "report.html"
         document = {**results, "run": str(path), "report": str(report)}
@@ -266,7 +269,7 @@ def _compress(options: argparse.Namespace, rest: Sequence[str]) -> int:
         with Display() as display:
             document = compress.run(options, display)
     except Interrupted:
-        print("lmnas: stopped, everything is saved; the same command continues", file=sys.stderr)
+        note("lmnas: stopped, everything is saved; the same command continues")
         return 130
     say(options, document, compress.text(document))
     return 0
@@ -292,8 +295,9 @@ def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def note(line: str) -> None:
-    """Progress, on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    """A line on standard error; where that is full or closed, the line is lost."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 COMMANDS = {

@@ -15,6 +15,7 @@ from lmnas.core.checkpoints import Checkpoints
 from lmnas.core.errors import Interrupted
 from lmnas.core.events import Events
 from lmnas.core.files import write_json
+from lmnas.core.updates import Incident, Progress, Report, Stop, never, silent
 
 
 class Job:
@@ -22,15 +23,15 @@ class Job:
 
     Args:
         directory: the job's own.
-        report: takes progress `{"job", "done", "total", "text"}` and messages `{"job", "message"}`.
+        report: takes progress and incidents.
         stop: tells whether the user asked to stop.
     """
 
     def __init__(
         self,
         directory: Path,
-        report: Callable[[dict[str, Any]], None] = lambda update: None,
-        stop: Callable[[], bool] = lambda: False,
+        report: Report = silent,
+        stop: Stop = never,
     ):
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
@@ -46,10 +47,10 @@ class Job:
     # ---------------------------------------------------------------------------------------------- saying things
 
     def progress(self, done: float, total: float, text: str = "") -> None:
-        self._report({"job": self.name, "done": done, "total": total, "text": text})
+        self._report(Progress(self.name, done, total, text))
 
     def warn(self, message: str) -> None:
-        self._report({"job": self.name, "message": message})
+        self._report(Incident(self.name, message))
 
     @property
     def seconds(self) -> float:

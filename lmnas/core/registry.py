@@ -56,6 +56,10 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "calibration": "lmnas.report.panels.classification:calibration",
         "updates": "lmnas.report.panels.pruning:updates",
     },
+    "executor": {
+        "inline": "lmnas.runs.executors.inline:Inline",
+        "processes": "lmnas.runs.executors.processes:Processes",
+    },
     "job": {
         "prepare": "lmnas.runs.job_kinds.prepare:Prepare",
         "estimate": "lmnas.runs.job_kinds.estimate:Estimate",

@@ -26,14 +26,15 @@ from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE, save
 from lmnas.runs.build import covering_space, load_model, open_device, open_task
 from lmnas.runs.checks import preflight
 from lmnas.runs.directory import Run, environment
-from lmnas.runs.executors.inline import Inline, default_threads
+from lmnas.runs.executors.base import Setup, default_threads
+from lmnas.runs.executors.inline import Inline
 from lmnas.runs.job_kinds.compress import DENSE, Compress
 from lmnas.runs.job_kinds.finetune import Finetune
 from lmnas.runs.job_kinds.test import Test
 from lmnas.runs.kernel_choice import read_pin, write_pin
 from lmnas.runs.progress import Display, Stop
 from lmnas.runs.recipe import Recipe
-from lmnas.runs.work import Spec
+from lmnas.runs.work import Spec, job_call
 
 FORMAT = 1
 SPEC = "dense.json"
@@ -70,10 +71,10 @@ def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:
             write_pin(out, pin)
             pin.apply()
         stop = Stop(display)
-        executor = Inline(out, str(device), threads, display.update, lambda: stop.asked)
+        executor = Inline(1, Setup(threads), display.update, lambda: stop.asked)
 
         def do(name: str, spec: Spec) -> dict[str, Any]:
-            ((_, result),) = executor.run([(name, spec)])
+            ((_, result),) = executor.run([job_call(out, str(device), name, spec)])
             if stop.asked:
                 raise Interrupted
             if result["status"] != "ok":

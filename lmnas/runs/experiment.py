@@ -25,6 +25,7 @@ from lmnas.core.job import PREPARED, read_result, read_spec
 from lmnas.core.names import JobName
 from lmnas.core.seeds import rng
 from lmnas.core.text import seconds_text
+from lmnas.core.updates import Incident, Update
 from lmnas.methods.estimators.shared import prepared_strategy
 from lmnas.nn.kernels import must_compile, unavailable
 from lmnas.report.html import write_report
@@ -43,8 +44,7 @@ from lmnas.runs.build import (
 )
 from lmnas.runs.checks import given_genotype, preflight
 from lmnas.runs.directory import Record, Run, environment
-from lmnas.runs.executors.inline import Inline, default_threads
-from lmnas.runs.executors.processes import Processes
+from lmnas.runs.executors.base import Executor, Setup, default_threads, on_threads, open_executor
 from lmnas.runs.job_kinds.estimate import Estimate
 from lmnas.runs.job_kinds.fit import Fit
 from lmnas.runs.job_kinds.prepare import Prepare
@@ -53,7 +53,7 @@ from lmnas.runs.kernel_choice import FILE, Pin, read_pin, write_pin
 from lmnas.runs.plan import plan
 from lmnas.runs.progress import Display, Stop
 from lmnas.runs.recipe import Recipe
-from lmnas.runs.work import NamedSpec, intact
+from lmnas.runs.work import NamedSpec, intact, job_call
 
 STAGES = ("search", "select", "train", "test", "report")
 FORMAT = 1
@@ -80,7 +80,7 @@ class Experiment:
         self.device = open_device(execution.device)
         self.threads = execution.threads or default_threads(execution.workers)
         self.stop = Stop(display)
-        self.executor: Inline | Processes | None = None
+        self.executor: Executor | None = None
         self.given = given_genotype(self.recipe, self.space)
 
     # ------------------------------------------------------------------------------------------------------- running
@@ -164,24 +164,23 @@ class Experiment:
 
     @contextlib.contextmanager
     def _executor(self) -> Iterator[None]:
-        execution = self.recipe.execution
-        arguments = (self.run.path, str(self.device), self.threads, self._update, lambda: self.stop.asked)
-        self.executor = Inline(*arguments) if execution.workers == 1 else Processes(*arguments, execution.workers)
-        try:
+        execution, setup = self.recipe.execution, Setup(self.threads)
+        with open_executor(
+            execution.executor, execution.workers, setup, self._update, lambda: self.stop.asked
+        ) as self.executor:
             yield
-        finally:
-            self.executor.close()
-            self.executor = None
+        self.executor = None
 
-    def _update(self, update: dict[str, Any]) -> None:
-        if "message" in update:
-            self.run.note("incident", job=update["job"], message=update["message"])
+    def _update(self, update: Update) -> None:
         self.display.update(update)
+        if isinstance(update, Incident):
+            self.run.note("incident", job=update.job, message=update.message)
 
     def _run_jobs(self, jobs: list[NamedSpec]) -> None:
         """Do all jobs; finished ones give their results again."""
         assert self.executor is not None
-        for finished, (name, result) in enumerate(self.executor.run(jobs), start=1):
+        calls = [job_call(self.run.path, str(self.device), name, spec) for name, spec in jobs]
+        for finished, (name, result) in enumerate(self.executor.run(calls), start=1):
             if "value" in result and result["value"] is not None:
                 text = f"{self.task.objective.name} {result['value']:.2f} ({result.get('split', 'valid')})"
             else:
@@ -464,7 +463,8 @@ class Experiment:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); `lmnas train {self.run.path}` writes it anew") from None
         opened = Opened(self.recipe, self.task, self.space, self.device)
-        score = evaluate_saved(opened, document, self.run.path / "model.safetensors")
+        with on_threads(self.threads):
+            score = evaluate_saved(opened, document, self.run.path / "model.safetensors")
         recorded = self._result(str(JobName("test", "searched", document["seed"])))["value"]
         return {"value": score["value"], "recorded": recorded, "difference": abs(score["value"] - recorded)}
 

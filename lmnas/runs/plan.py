@@ -31,7 +31,7 @@ from lmnas.nn.kernels import DEFAULT_CHUNK, Decided, decide, unavailable
 from lmnas.nn.train import Training
 from lmnas.runs.build import build_model, open_device, open_space, open_strategy, open_task, space_for
 from lmnas.runs.checks import given_genotype
-from lmnas.runs.executors.inline import default_threads
+from lmnas.runs.executors.base import default_threads
 from lmnas.runs.kernel_choice import Pin, read_pin
 from lmnas.runs.recipe import Recipe, load_recipe, resolved
 

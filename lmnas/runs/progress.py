@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from lmnas.core.text import seconds_text
+from lmnas.core.updates import Incident, Update
 
 LINE_SECONDS = 15.0
 """Plain lines of one job are at least so far apart."""
@@ -43,20 +44,23 @@ class Display:
 
     def __exit__(self, *exception: object) -> None:
         if self.bars:
-            self.bars.stop()
+            with contextlib.suppress(OSError):
+                self.bars.stop()
 
     def message(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(text, markup=False, highlight=False)
+            with contextlib.suppress(OSError):  # nobody reads it, and the work goes on
+                self.console.print(text, markup=False, highlight=False)
 
-    def update(self, update: dict[str, Any]) -> None:
-        """One update of a job; a message is shown even when quiet, since it tells of trouble."""
-        if "message" in update:
-            print(f"{update['job']}: {update['message']}", file=sys.stderr, flush=True)
-            return
-        if self.quiet:
-            return
-        job, done, total, text = update["job"], update["done"], update["total"], update["text"]
+    def update(self, update: Update) -> None:
+        """One update of a job; an incident is shown even when quiet, since it tells of trouble."""
+        if isinstance(update, Incident):
+            say(f"{update.job}: {update.message}")
+        elif not self.quiet:
+            with contextlib.suppress(OSError):
+                self._progress(update.job, update.done, update.total, update.text)
+
+    def _progress(self, job: str, done: float, total: float, text: str) -> None:
         if self.bars:
             if job not in self.tasks:
                 self.tasks[job] = self.bars.add_task(job, total=total, text=text)
@@ -69,21 +73,38 @@ class Display:
         if now - self.printed.get(job, start - LINE_SECONDS / 2) >= LINE_SECONDS:
             self.printed[job] = now
             left = f", {seconds_text((now - start) * (total - done) / done)} left" if done > 0 and now > start else ""
-            print(f"{job}: {done / total:.0%}{left}, {text}", file=sys.stderr, flush=True)
+            say(f"{job}: {done / total:.0%}{left}, {text}")
+
+
+def say(line: str) -> None:
+    """A line on standard error; where that is full or closed, the line is lost and the work goes on."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask for a stop inside the block; the second one does not wait."""
+    """Ctrl-C and SIGTERM ask for a stop inside the block; one that comes later than the first does not wait.
+
+    `timeout` and process managers send a signal to the process and then to its group: two at once are one.
+    """
+
+    TOGETHER = 1.0
+    """Seconds in which the same signal counts once."""
 
     def __init__(self, display: Display):
         self.display = display
         self.asked = False
+        self.first: tuple[int, float] | None = None
+        """The signal that asked, and when."""
         self.previous: dict[int, Any] = {}
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if self.first is not None:
+            if number == self.first[0] and now - self.first[1] < self.TOGETHER:
+                return
             os._exit(130)
-        self.asked = True
+        self.first, self.asked = (number, now), True
         self.display.message("stopping: saving the state (once more to leave at once) ...")
 
     def __enter__(self) -> "Stop":

@@ -90,7 +90,9 @@ class Execution:
     device: str = "auto"
     """`auto`: a GPU if there is one; else `cpu`, `cuda`, `cuda:1`."""
     workers: Positive = 1
-    """Jobs run side by side, each in a process of its own. Results do not depend on it."""
+    """Jobs that run side by side. Results do not depend on it."""
+    executor: str | None = None
+    """A registered executor; default: this process, or several of this machine for several workers."""
     kernel: Literal["auto", "reference", "fused"] = "auto"
     """What runs the recurrent cell on a CPU: plain PyTorch (`reference`), or compiled C++ (`fused`, needs a compiler;
     15 s, once). `auto` decides when a run begins, and the run keeps it."""
@@ -244,6 +246,8 @@ def check(recipe: Recipe) -> None:
             f"estimator {recipe.estimator['name']!r} trains shared weights on the strategy's choices, and strategy "
             f"{recipe.strategy['name']!r} makes none. Strategies that do: {', '.join(able)}."
         )
+    if recipe.execution.executor is not None:
+        registry.component("executor", recipe.execution.executor)
     task = registry.component("task", recipe.task["name"])
     space = registry.component("space", recipe.space["name"])
     for section, part in (("task", task), ("estimator", estimator), ("strategy", strategy)):

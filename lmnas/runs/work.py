@@ -19,11 +19,12 @@ from lmnas.core import registry
 from lmnas.core.errors import Diverged, UserError
 from lmnas.core.files import digest
 from lmnas.core.job import Job, read_result, read_spec
+from lmnas.core.updates import Report, Stop, never, silent
 from lmnas.runs.build import Opened, open_recipe
+from lmnas.runs.executors.base import Call
 from lmnas.runs.kernel_choice import read_pin
 from lmnas.runs.recipe import load_recipe
 
-Report = Callable[[dict[str, Any]], None]
 Spec = dict[str, Any]
 NamedSpec = tuple[str, Spec]
 
@@ -83,8 +84,8 @@ class Workplace:
         self,
         name: str,
         spec: Spec,
-        report: Report = lambda update: None,
-        stop: Callable[[], bool] = lambda: False,
+        report: Report = silent,
+        stop: Stop = never,
     ) -> dict[str, Any]:
         """Do the job `name`, or continue it, or return what it gave before.
 
@@ -118,6 +119,22 @@ class Workplace:
             with contextlib.suppress(OSError):
                 job.checkpoints.delete()
             return {**result, "files": files}
+
+
+@functools.lru_cache(maxsize=1)
+def _workplace(run: str, device: str) -> Workplace:
+    return Workplace(Path(run), device)
+
+
+def run_job(run: str, name: str, spec: Spec, device: str, report: Report, stop: Stop) -> dict[str, Any]:
+    """What a job's `Call` names: `Workplace.do`; one run's data serve all its jobs of a process."""
+    return _workplace(run, device).do(name, spec, report, stop)
+
+
+def job_call(run: Path, device: str, name: str, spec: Spec) -> Call:
+    """The call that does a job of a run."""
+    arguments = {"run": str(run.resolve()), "name": name, "spec": spec, "device": device}
+    return Call(name, f"{__name__}:run_job", arguments)
 
 
 def _refuse_another(directory: Path, spec: Spec) -> None:

@@ -15,6 +15,7 @@ from lmnas.core.errors import UserError
 from lmnas.nn.kernels import DEFAULT_CHUNK, cross_entropy, dispatch, fused, kernel_in_use
 from lmnas.runs import experiment, plan
 from lmnas.runs.directory import Run
+from lmnas.runs.executors import inline
 from lmnas.runs.experiment import Experiment
 from lmnas.runs.kernel_choice import FILE, Pin, read_pin, write_pin
 from lmnas.runs.progress import Display
@@ -208,7 +209,7 @@ def test_every_job_follows_the_pin(text, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(plan, "fitting_chunk", lambda recipe, device, kernel, chunk: 77)
     monkeypatch.setattr(fused, "load", lambda: None)
-    original = experiment.Inline.run
+    original = inline.Inline.run
 
     def spoiled(self, jobs):
         dispatch.set_kernel("fused")
@@ -217,7 +218,7 @@ def test_every_job_follows_the_pin(text, tmp_path, monkeypatch):
             seen.append((kernel_in_use(), cross_entropy.CHUNK_ELEMENTS))
             yield name, result
 
-    monkeypatch.setattr(experiment.Inline, "run", spoiled)
+    monkeypatch.setattr(inline.Inline, "run", spoiled)
     go(tmp_path / "run", recipe(text, "reference"), SHORT)
     assert set(seen) == {("reference", 77)} and read_pin(tmp_path / "run").chunk == 77
 

@@ -1,153 +1,195 @@
-"""Jobs side by side in worker processes of this machine. They carry values: names and specs out, results back.
+"""Calls side by side in worker processes of this machine.
 
-Driver and workers share pipes alone, never a lock, since a worker killed while it holds one would stop all others.
+Each worker has a socket of its own and nothing else in common with anybody: no lock, no shared memory, no module of the
+program that started it. Whoever is killed, the others go on.
 """
 
 import contextlib
-import multiprocessing
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
-from pathlib import Path
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from multiprocessing import Pipe, connection
 from typing import Any
 
-import torch
-
 from lmnas.core.errors import Interrupted, UserError
-from lmnas.runs.work import NamedSpec, Report, Workplace
+from lmnas.core.updates import Incident, Report, Stop
+from lmnas.runs.executors import wire
+from lmnas.runs.executors.base import Call, Executor, Setup
 
 MAX_LOST = 3
-"""How often workers may die (killed, out of memory) before the run gives up."""
-LONGEST_TEXT = 500
-"""Characters of one text in an update. A pipe takes 4096 bytes whole or not at all, whoever else writes to it."""
-
-_stopping = threading.Event()
-_updates: Any = None
+"""Workers that one call may lose (killed, out of memory) before the run gives up."""
+POLL_SECONDS = 0.2
+"""Longest time until a wish to stop is heard."""
 
 
-def _start_worker(threads: int, updates: Any, alive: Any) -> None:
-    global _updates
-    # the driver hears the signals and tells the workers by closing its end of `alive`
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(threads)
-    _updates = updates
-    threading.Thread(target=_watch, args=(alive,), daemon=True).start()
+class Worker:
+    """The driver's side of one worker process."""
 
-
-def _watch(alive: Any) -> None:
-    """Stop when the driver asks for it; leave at once when it was killed, since nobody waits for this work."""
-    driver = multiprocessing.parent_process()
-    assert driver is not None
-    if driver.sentinel not in connection.wait([driver.sentinel, alive]):
-        _stopping.set()
-        driver.join()
-    os._exit(1)
-
-
-def _report(update: dict[str, Any]) -> None:
-    _updates.send({key: value[:LONGEST_TEXT] if isinstance(value, str) else value for key, value in update.items()})
-
-
-def _work(run: str, name: str, spec: dict[str, Any], device: str) -> dict[str, Any]:
-    if _stopping.is_set():
-        raise Interrupted
-    return Workplace(Path(run), device).do(name, spec, _report, _stopping.is_set)
-
-
-class Processes:
-    """`run(jobs)` yields (name, result) as jobs finish; a job whose worker died runs once more."""
-
-    def __init__(self, run: Path, device: str, threads: int, report: Report, stop: Callable[[], bool], workers: int):
-        self.run_path, self.device, self.threads, self.workers = run, device, threads, workers
-        self.report, self.stop = report, stop
-        self.context = multiprocessing.get_context("spawn")
-        self.incoming, self.updates = self.context.Pipe(duplex=False)
-        self.alive, self.asking = self.context.Pipe(duplex=False)
-        self.pool = self._open()
-        self.listener = threading.Thread(target=self._listen, daemon=True)
-        self.listener.start()
-
-    def _open(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            self.workers,
-            mp_context=self.context,
-            initializer=_start_worker,
-            initargs=(self.threads, self.updates, self.alive),
-        )
-
-    def _listen(self) -> None:
-        while True:
-            try:
-                update = self.incoming.recv()
-            except (EOFError, OSError):
-                return
-            with contextlib.suppress(UserError):  # a full disk: it ends the run where results are written
-                self.report(update)
-
-    def run(self, jobs: list[NamedSpec]) -> Iterator[tuple[str, dict[str, Any]]]:
-        waiting = dict(jobs)
-        lost = 0
-        while waiting:
-            try:
-                yield from self._finished(self._submit(waiting), waiting)
-            except BrokenProcessPool:
-                if self.stop():
-                    raise Interrupted from None
-                lost += 1
-                if lost > MAX_LOST:
-                    raise UserError(
-                        f"workers died {lost} times while doing {', '.join(sorted(waiting)[:4])} (killed for want of "
-                        f"memory?); fewer execution.workers may help, then run the same command again to continue"
-                    ) from None
-                self.report({"job": "driver", "message": "a worker died; its job starts again from its checkpoint"})
-                self.pool.shutdown()
-                self.pool = self._open()
-
-    def _submit(self, waiting: dict[str, dict[str, Any]]) -> dict[Future[dict[str, Any]], str]:
-        # a worker inherits the blocked Ctrl-C, which is the driver's to hear, until it can ignore it by itself
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    def __init__(self, setup: Setup):
+        self.call: Call | None = None
+        self.asked = False
+        ours, theirs = Pipe()
+        # the worker inherits blocked signals, which are the driver's to hear, until it can ignore them by itself
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
-            return {
-                self.pool.submit(_work, str(self.run_path), name, spec, self.device): name
-                for name, spec in waiting.items()
-            }
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "lmnas.runs.executors.worker", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": _module_path(), **setup.environment},
+            )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            theirs.close()
+        self.connection = ours
+        with contextlib.suppress(OSError):  # it died already: its first call will find out
+            wire.send(ours, setup=asdict(setup))
 
-    def _finished(
-        self, futures: dict[Future[dict[str, Any]], str], waiting: dict[str, dict[str, Any]]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield results as they come and drop them from `waiting`; on a stop, wait for the workers to save."""
-        pending = set(futures)
-        interrupted = False
-        while pending:
-            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-            if self.stop() and not self.asking.closed:
-                self.asking.close()
-                for future in pending:
-                    future.cancel()
-            for future in done:
-                if future.cancelled():
-                    continue
+    def start(self, call: Call) -> None:
+        self.call = call
+        with contextlib.suppress(OSError):
+            wire.send(self.connection, call=asdict(call))
+
+    def ask_to_stop(self) -> None:
+        if not self.asked:
+            self.asked = True
+            with contextlib.suppress(OSError):
+                wire.send(self.connection, stop=True)
+
+    def end(self) -> None:
+        """Close its socket, at which it leaves."""
+        self.connection.close()
+        self.process.wait()
+
+
+def _module_path() -> str:
+    """Where this process finds modules, for another one."""
+    folders = [os.path.abspath(entry) for entry in sys.path]
+    return os.pathsep.join(dict.fromkeys(folders))
+
+
+class Processes(Executor):
+    """Calls side by side, each in a process of this machine; a call whose worker died runs once more."""
+
+    default_from = 2
+
+    def __init__(self, workers: int, setup: Setup, report: Report, stop: Stop):
+        super().__init__(workers, setup, report, stop)
+        self.capacity = workers
+        self.workers: list[Worker] = []
+
+    def run(self, calls: Iterable[Call | None]) -> Iterator[tuple[str, Any]]:
+        waiting, again, lost = iter(calls), deque[Call](), dict[str, int]()
+        try:
+            more = True
+            while True:
+                more = self._hand_out(waiting, again) if more or again else False
+                if not self._busy():
+                    break
+                yield from self._answers(again, lost)
+                if self.stop():
+                    break
+            if self.stop():
+                yield from self._finish(again, lost)
+                raise Interrupted
+        finally:
+            self._settle()
+
+    def _hand_out(self, waiting: Iterator[Call | None], again: deque[Call]) -> bool:
+        """Give calls to idle workers, starting workers as needed; False: there are no further ones."""
+        while len(self._busy()) < self.capacity and not self.stop():
+            if again:
+                call: Call | None = again.popleft()
+            else:
                 try:
-                    result = future.result()
-                except Interrupted:
-                    interrupted = True
-                    continue
-                waiting.pop(futures[future])
-                yield futures[future], result
-        if interrupted or self.asking.closed:
-            raise Interrupted
+                    call = next(waiting)
+                except StopIteration:
+                    return False
+            if call is None:
+                return True
+            idle = next((worker for worker in self.workers if worker.call is None), None)
+            if idle is None:
+                idle = Worker(self.setup)
+                self.workers.append(idle)
+            idle.start(call)
+        return True
+
+    def _busy(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.call is not None]
+
+    def _answers(self, again: deque[Call], lost: dict[str, int]) -> Iterator[tuple[str, Any]]:
+        """Wait a little; yield the results that came. Calls of dead workers go to `again`."""
+        busy = self._busy()
+        ready = connection.wait([worker.connection for worker in busy], timeout=POLL_SECONDS)
+        for worker in [worker for worker in busy if worker.connection in ready]:
+            call = worker.call
+            assert call is not None
+            try:
+                message = wire.receive(worker.connection)
+            except (EOFError, OSError):
+                self._bury(worker)
+                again.append(call)
+                self._count(call.name, lost)
+                continue
+            if "update" in message:
+                with contextlib.suppress(UserError):  # a full disk: it ends the run where results are written
+                    self.report(wire.read_update(message["update"]))
+                continue
+            worker.call = None
+            if "error" in message:
+                raise wire.read_error(message["error"])
+            yield call.name, message["result"]
+
+    def _bury(self, worker: Worker) -> None:
+        self.workers.remove(worker)
+        worker.process.kill()
+        worker.end()
+
+    def _count(self, name: str, lost: dict[str, int]) -> None:
+        if self.stop():
+            return
+        lost[name] = lost.get(name, 0) + 1
+        if lost[name] > MAX_LOST:
+            raise UserError(
+                f"workers died {lost[name]} times while doing {name} (killed for want of memory?); fewer "
+                f"execution.workers may help, then run the same command again to continue"
+            )
+        with contextlib.suppress(UserError):
+            self.report(Incident("driver", "a worker died; its job starts again from its checkpoint"))
+
+    def _finish(self, again: deque[Call], lost: dict[str, int]) -> Iterator[tuple[str, Any]]:
+        """Ask the workers to stop, and yield what they finish nevertheless."""
+        while busy := self._busy():
+            for worker in busy:
+                worker.ask_to_stop()
+            with contextlib.suppress(Interrupted):
+                yield from self._answers(again, lost)
+        self._dismiss()
+
+    def _settle(self) -> None:
+        """After an error or an early end: let no call of this run go on."""
+        while busy := self._busy():
+            for worker in busy:
+                worker.ask_to_stop()
+            with contextlib.suppress(Exception):  # the first error is the one that counts
+                for _ in self._answers(deque(), {}):
+                    pass
+        self._dismiss()
+
+    def _dismiss(self) -> None:
+        """Workers that were told to stop do no further calls."""
+        for worker in [worker for worker in self.workers if worker.asked]:
+            self.workers.remove(worker)
+            worker.end()
 
     def close(self) -> None:
-        self.asking.close()
-        self.pool.shutdown(wait=True, cancel_futures=True)
-        self.updates.close()  # the last writer, so the listener comes to an end
-        self.listener.join(timeout=5)
-        self.incoming.close()
-        self.alive.close()
+        self._settle()
+        for worker in self.workers:
+            worker.connection.close()
+        for worker in self.workers:
+            worker.process.wait()
+        self.workers = []
