@@ -8,7 +8,8 @@ from lmnas.core.genotype import load_genotype
 from lmnas.core.job import Job
 from lmnas.methods.estimators.shared import Shared
 from lmnas.methods.strategies.gradient import Gradient
-from lmnas.nn.train import Optimizer, Training, fit, initialise
+from lmnas.nn.train import fit, initialise
+from lmnas.nn.training.settings import Optimizer, Training
 from lmnas.runs.build import build_model
 from lmnas.spaces.recurrent.cell import RecurrentCell
 

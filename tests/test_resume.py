@@ -25,7 +25,7 @@ from lmnas.core.errors import UserError
 from lmnas.core.events import Events, read_events
 from lmnas.core.job import Job, read_result
 from lmnas.core.nests import map_tensors
-from lmnas.nn.train import WeightTraining
+from lmnas.nn.training.weights import WeightTraining
 from lmnas.runs import build
 from lmnas.runs.build import open_space
 from lmnas.runs.directory import Record, Run

@@ -8,6 +8,10 @@ class UserError(Exception):
     """A mistake of the user's. The command line prints its message alone and exits with 2."""
 
 
+class NotFinite(Exception):
+    """A loss, gradient or score that is NaN or infinite."""
+
+
 class Diverged(Exception):
     """Training reached a loss or gradient that is not finite and could not recover.
 

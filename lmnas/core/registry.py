@@ -68,6 +68,20 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "compress": "lmnas.runs.job_kinds.compress:Compress",
         "finetune": "lmnas.runs.job_kinds.finetune:Finetune",
     },
+    "optimizer": {
+        "sgd": "lmnas.nn.training.optimizers:SGD",
+        "adam": "lmnas.nn.training.optimizers:Adam",
+        "adamw": "lmnas.nn.training.optimizers:AdamW",
+        "adafactor": "lmnas.nn.training.optimizers:Adafactor",
+        "muon": "lmnas.nn.training.optimizers:Muon",
+    },
+    "schedule": {
+        "constant": "lmnas.nn.training.schedules:Constant",
+        "step-decay": "lmnas.nn.training.schedules:StepDecay",
+        "cosine": "lmnas.nn.training.schedules:Cosine",
+        "inverse-root": "lmnas.nn.training.schedules:InverseRoot",
+        "warmup-stable-decay": "lmnas.nn.training.schedules:WarmupStableDecay",
+    },
 }
 
 

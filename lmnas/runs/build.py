@@ -17,7 +17,8 @@ from lmnas.core.contracts import Estimator, Model, Space, Strategy, Task
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
-from lmnas.nn.train import Training, n_parameters
+from lmnas.nn.train import n_parameters
+from lmnas.nn.training.settings import Training
 from lmnas.runs.recipe import Recipe
 
 

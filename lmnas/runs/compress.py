@@ -162,7 +162,7 @@ def _trained(path: Path) -> tuple[bytes, dict[str, Any]]:
 def _job(options: argparse.Namespace, recipe: Recipe, dense: dict[str, Any], weights: str) -> Compress:
     """The job that takes the units out; defaults filled in."""
     training = recipe.train.training
-    rate = training.optimizer.learning_rate / 4 if training.optimizer.method == "sgd" else AFTER_ADAM
+    rate = training.optimizer.learning_rate / 4 if training.optimizer.part.heavy_ball else AFTER_ADAM
     sparsity = Sparsity(
         strength=options.strength,
         rounds=options.rounds,

@@ -327,7 +327,7 @@ class Experiment:
                 pools[name] = self._kept(self._random(n + MORE_ROUNDS * self.recipe.select.keep), n)
         return pools
 
-    def _fit_job(self, name: JobName, genotype: Genotype, epochs: int, model: dict[str, Any]) -> NamedSpec:
+    def _fit_job(self, name: JobName, genotype: Genotype, epochs: int | None, model: dict[str, Any]) -> NamedSpec:
         assert name.seed is not None
         return str(name), Fit(genotype.to_dict(), name.seed, epochs, model).spec()
 

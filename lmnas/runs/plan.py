@@ -28,7 +28,7 @@ from lmnas.nn.cost import (
     training_bytes,
 )
 from lmnas.nn.kernels import DEFAULT_CHUNK, Decided, decide, unavailable
-from lmnas.nn.train import Training
+from lmnas.nn.training.settings import Training
 from lmnas.runs.build import build_model, open_device, open_space, open_strategy, open_task, space_for
 from lmnas.runs.checks import given_genotype
 from lmnas.runs.executors.base import default_threads
@@ -145,36 +145,42 @@ def seconds_of_work(recipe: Recipe) -> float:
 def _seconds_of_work(key: str) -> float:
     recipe, task, space = _opened(key)
     passes: dict[str, float] = {}
+    lengths: dict[str, float] = {}
     for example in _examples(recipe, task, space):
         stream = task.stream("train", example.training.batch_settings(task), recipe.seed)
-        tokens = example.batch.targets.numel()
+        tokens = example.batch.n_targets
         per_token = forward_flops(example.model, example.batch, example.choice) / tokens
-        epoch = stream.steps_per_epoch * stream.next().targets.numel() * per_token
+        targets = stream.next().n_targets
+        epoch = stream.steps_per_epoch * targets * per_token
+        lengths.setdefault(example.where, example.training.passes(stream.steps_per_epoch, targets))
         passes.setdefault(example.where, epoch)
     epoch = passes["train.training"] * (1 + BACKWARD)
     pools = 1 + sum(baseline.source == "random" for baseline in recipe.baselines.values())
-    total = pools * recipe.train.seeds * recipe.train.training.epochs * epoch
+    total = pools * recipe.train.seeds * lengths["train.training"] * epoch
     if recipe.genotype is None:
+        where = "estimator.training"
         kept = min(recipe.select.keep, recipe.search.candidates) * recipe.search.seeds
         total += pools * kept * recipe.select.seeds * recipe.select.epochs * epoch
-        total += recipe.search.seeds * _search_flops(recipe, task, space, passes.get("estimator.training", 0.0))
+        total += recipe.search.seeds * _search_flops(
+            recipe, task, space, passes.get(where, 0.0), lengths.get(where, 0.0)
+        )
     return total / PLAIN_FLOPS
 
 
-def _search_flops(recipe: Recipe, task: Task, space: Space, epoch: float) -> float:
-    """Of one search; `epoch` is one pass over its text, forward."""
+def _search_flops(recipe: Recipe, task: Task, space: Space, epoch: float, epochs: float) -> float:
+    """Of one search of so many `epochs`; `epoch` is one pass over its text, forward."""
     settings = registry.settings_of("estimator", recipe.estimator, "estimator")
     if not epoch:
         return 0.0
     training: Training = settings["training"]
     if "shared-weights" not in registry.component("estimator", recipe.estimator["name"]).provides:
-        return recipe.search.candidates * training.epochs * epoch * (1 + BACKWARD)
+        return recipe.search.candidates * epochs * epoch * (1 + BACKWARD)
     strategy = open_strategy(recipe, space, task, 0)
     assert isinstance(strategy, SharingStrategy)
     learned = strategy.learn_passes if "mixture" in strategy.needs else 0
     steps = task.stream("train", training.batch_settings(task), recipe.seed).steps_per_epoch
     rewards = strategy.rewards_per_round * epoch / steps
-    return training.epochs * (epoch * (1 + BACKWARD) * (1 + learned) + rewards)
+    return epochs * (epoch * (1 + BACKWARD) * (1 + learned) + rewards)
 
 
 # ----------------------------------------------------------------------------------------------------- memory
@@ -202,15 +208,15 @@ def _forecasts(key: str, kernel: Decided) -> tuple[tuple[str, Forecast, bool, bo
     for example in _examples(recipe, task, space):
         optimizer = example.training.optimizer
         alone = example.choice is None
-        momentum = int(optimizer.method == "sgd" and optimizer.momentum > 0)
+        velocity = int(optimizer.heavy_ball)
         step = step_forecast(
             example.model,
             example.batch,
             example.choice,
             kernel,
-            optimizer_copies=2 if optimizer.method == "adam" else momentum,
+            optimizer_copies=optimizer.copies,
             # a strategy that learns by gradient is given the velocity as values of its own
-            copies=0 if alone else copies + momentum * by_gradient,
+            copies=0 if alone else copies + velocity * by_gradient,
         )
         found.append((example.where, step, alone and optimizer.averaging != "none", alone))
     return tuple(found)

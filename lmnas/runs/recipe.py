@@ -19,7 +19,7 @@ from lmnas.core.capabilities import refuse_unfit
 from lmnas.core.contracts import SharingStrategy, refuse_unrelaxed
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.registry import STRICT, checked, settings_model
-from lmnas.nn.train import Training
+from lmnas.nn.training.settings import Training
 
 RECIPES = Path(__file__).parent / "recipes"
 SECTIONS = ("task", "space", "strategy", "estimator")
@@ -271,7 +271,7 @@ def check(recipe: Recipe) -> None:
                 f"baselines.{name}.model.width {baseline.model['width']}: match_parameters chooses the width; "
                 f"leave one of them out (baselines.{name}.match_parameters: false)"
             )
-    if recipe.select.epochs > recipe.train.training.epochs:
+    if recipe.train.training.epochs and recipe.select.epochs > recipe.train.training.epochs:
         raise UserError(
             f"select.epochs {recipe.select.epochs}: longer than the final training "
             f"(train.training.epochs {recipe.train.training.epochs}); selection is meant to be the shorter one"

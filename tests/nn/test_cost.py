@@ -19,7 +19,7 @@ from lmnas.nn.cost import Forecast, available, forward_flops, kept_bytes, step_f
 from lmnas.nn.kernels import DEFAULT_CHUNK, cross_entropy, fused, set_chunk
 from lmnas.nn.kernels.planned import fused_elements
 from lmnas.nn.kernels.reference import Program
-from lmnas.nn.train import Training
+from lmnas.nn.training.settings import Training
 from lmnas.runs import plan
 from lmnas.runs.build import build_model, open_space, open_task
 from lmnas.runs.recipe import load_recipe

@@ -11,22 +11,16 @@ from torch import nn
 
 from lmnas.core.checkpoints import pack, unpack
 from lmnas.core.contracts import Batch, Loss, Model, Objective, Score, Stream
-from lmnas.core.errors import Diverged, Interrupted, UserError
+from lmnas.core.errors import Diverged, Interrupted, NotFinite, UserError
 from lmnas.core.events import read_events
 from lmnas.core.genotype import load_genotype
 from lmnas.core.job import Job
 from lmnas.core.registry import checked, settings_model
 from lmnas.core.seeds import generator
-from lmnas.nn.train import (
-    NotFinite,
-    Optimizer,
-    Training,
-    WeightTraining,
-    averaged_model,
-    fit,
-    initialise,
-    should_average,
-)
+from lmnas.nn.train import fit, initialise
+from lmnas.nn.training.averaging import averaged_model, should_average
+from lmnas.nn.training.settings import Optimizer, Training
+from lmnas.nn.training.weights import WeightTraining
 from lmnas.runs.build import build_model
 
 CPU = torch.device("cpu")
@@ -111,41 +105,6 @@ def test_one_step_by_hand(tiny_task):
         torch.testing.assert_close(ours, expected)
 
 
-def test_learning_rate_decay():
-    """ENAS: 0.96 per epoch from epoch 15 on."""
-
-    class Stream:
-        epoch = 0
-
-    weights = object.__new__(WeightTraining)
-    weights.settings, weights.stream = Optimizer(learning_rate=20.0, decay=0.96, decay_from=15), Stream()
-    rates = {}
-    for epoch in (0, 14, 15, 17):
-        weights.stream.epoch = epoch
-        rates[epoch] = weights.learning_rate
-    assert rates == pytest.approx({0: 20.0, 14: 20.0, 15: 19.2, 17: 20 * 0.96**3})
-
-
-def test_cosine_with_restarts_by_hand():
-    """ENAS' image networks: cycles of 10 + 20 + 40 + 80 + 160 = 310 epochs from .05; half way through one the rate is
-    the mean of both ends, at a third it is 3/4 of the way up."""
-    settings = Optimizer(
-        learning_rate=0.05, schedule="cosine", learning_rate_min=0.0005, restart_epochs=10, restart_factor=2
-    )
-    top, middle, third = 0.05, 0.02525, 0.0005 + 0.75 * 0.0495
-    expected = {0: top, 5: middle, 10: top, 20: middle, 30: top, 50: middle, 70: top, 110: middle, 150: top}
-    expected |= {230: middle, 310: top, 9: 0.0005 + 0.0495 * (1 - math.cos(math.pi / 10)) / 2}
-    expected |= {309: 0.0005 + 0.0495 * math.sin(math.pi / 320) ** 2}
-    assert {epoch: settings.cosine(epoch, 310) for epoch in expected} == pytest.approx(expected, rel=1e-12)
-    thirds = Optimizer(learning_rate=0.05, schedule="cosine", learning_rate_min=0.0005, restart_epochs=3)
-    assert [thirds.cosine(epoch, 99) for epoch in (1, 5, 13)] == pytest.approx([third] * 3)
-    even = Optimizer(learning_rate=0.05, schedule="cosine", restart_epochs=2, restart_factor=1)
-    assert [even.cosine(epoch, 99) for epoch in range(4)] == pytest.approx([0.05, 0.025, 0.05, 0.025])
-    whole = Optimizer(learning_rate=0.025, schedule="cosine")  # DARTS: one cycle down to nothing
-    rates = [whole.cosine(epoch, 50) for epoch in range(50)]
-    assert rates[25] == pytest.approx(0.0125) and rates == sorted(rates, reverse=True) and 0 < rates[49] < 3e-5
-
-
 def test_cosine_and_progress_are_of_the_batch_in_hand(tiny_task):
     """Every batch of an epoch, its last one too; a training that continues from a checkpoint has the same ones."""
     settings = training(epochs=4, learning_rate=1.0, schedule="cosine", learning_rate_min=0.2)
@@ -183,12 +142,24 @@ def test_a_batch_keeps_every_field_on_another_device():
     "optimizer, message",
     [
         ({"nesterov": True}, "nesterov is a form of SGD's momentum"),
-        ({"nesterov": True, "momentum": 0.9, "method": "adam"}, "set method 'sgd'"),
-        ({"schedule": "cosine", "decay": 0.9}, "leave decay at 1"),
+        ({"nesterov": True, "momentum": 0.9, "method": "adam"}, "nesterov is of method 'muon' or 'sgd', which is not"),
+        ({"schedule": "cosine", "decay": 0.9}, "decay is of schedule 'constant' or 'step-decay', which is not set"),
         ({"schedule": "cosine", "learning_rate": 0.1, "learning_rate_min": 0.2}, "above learning_rate 0.1"),
-        ({"learning_rate_min": 0.1}, "are of schedule 'cosine', which is not set"),
-        ({"restart_epochs": 10}, "are of schedule 'cosine', which is not set"),
-        ({"schedule": "cosin"}, "constant"),
+        (
+            {"learning_rate_min": 0.1},
+            "learning_rate_min is of schedule 'cosine' or 'warmup-stable-decay', which is not",
+        ),
+        ({"restart_epochs": 10}, "restart_epochs is of schedule 'cosine', which is not set"),
+        ({"schedule": "cosin"}, "schedule 'cosin' is unknown. Did you mean 'cosine'"),
+        ({"method": "adan"}, "optimizer 'adan' is unknown. Did you mean 'adam'"),
+        ({"betas": [0.9, 0.95]}, "betas is of method 'adam' or 'adamw' or 'muon', which is not set"),
+        ({"method": "adafactor", "momentum": 0.9}, "momentum is of method 'muon' or 'sgd', which is not set"),
+        ({"method": "muon"}, "set a momentum above 0"),
+        ({"schedule": "step-decay"}, "needs a decay below 1"),
+        ({"schedule": "inverse-root"}, "set warmup_steps"),
+        ({"warmup_steps": 3, "warmup_share": 0.1}, "leave one at 0"),
+        ({"stable_share": 0.5}, "stable_share is of schedule 'warmup-stable-decay', which is not set"),
+        ({"roles": {"gain": {"rate": 2.0}}}, "unknown setting. Did you mean 'gains'"),
         ({"schedule": "cosine", "restart_factor": 0}, "restart_factor"),
     ],
 )
@@ -256,7 +227,7 @@ def test_no_velocity_without_momentum(tiny_task):
 def test_averaging_against_torch_asgd(tiny_task, tmp_path, monkeypatch):
     """From the switch on validation reads the running mean of the weights: torch's ASGD(t0=0, lambd=0), whose average
     starts one step later and whose rate must be set by hand, since it computes it after each update."""
-    monkeypatch.setattr("lmnas.nn.train.should_average", lambda history, *_: len(history) == 0)
+    monkeypatch.setattr("lmnas.nn.training.averaging.should_average", lambda history, *_: len(history) == 0)
     settings = training(epochs=2, clip=None, learning_rate=0.5)
     evaluated = []
     real = tiny_task.evaluate
@@ -430,7 +401,7 @@ def test_a_model_with_running_statistics_trains_and_continues_exactly(colours, t
 def test_running_statistics_are_averaged_with_the_weights(colours, tmp_path, monkeypatch):
     """From the switch after the first epoch on: means over the later steps, of weights and statistics; counts are
     those of the model."""
-    monkeypatch.setattr("lmnas.nn.train.should_average", lambda history, *_: len(history) == 0)
+    monkeypatch.setattr("lmnas.nn.training.averaging.should_average", lambda history, *_: len(history) == 0)
     evaluated = []
     monkeypatch.setattr(
         colours, "evaluate", lambda m, *_: evaluated.append(copy_state(m)) or Score(1.0 / len(evaluated), "valid", 8)

@@ -21,7 +21,7 @@ from lmnas.core.job import Job
 from lmnas.core.seeds import generator
 from lmnas.nn.sparsity import training as sparse_training
 from lmnas.nn.sparsity.training import Sparsity, layout, sparsify
-from lmnas.nn.train import Training
+from lmnas.nn.training.settings import Training
 from lmnas.runs.build import covering_space
 from lmnas.runs.job_kinds.compress import smaller_genotype
 from lmnas.spaces.recurrent.layers import LayersBody

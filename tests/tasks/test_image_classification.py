@@ -13,7 +13,8 @@ from lmnas.core.errors import UserError
 from lmnas.core.genotype import load_genotype
 from lmnas.core.job import Job
 from lmnas.core.seeds import generator
-from lmnas.nn.train import Optimizer, Training, fit, initialise, n_parameters
+from lmnas.nn.train import fit, initialise, n_parameters
+from lmnas.nn.training.settings import Optimizer, Training
 from lmnas.runs.build import build_model, matching_width
 from lmnas.tasks.image_classification import (
     BatchSettings,

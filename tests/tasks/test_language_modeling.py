@@ -9,7 +9,8 @@ import torch
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import load_genotype
 from lmnas.core.seeds import generator
-from lmnas.nn.train import Training, initialise
+from lmnas.nn.train import initialise
+from lmnas.nn.training.settings import Training
 from lmnas.runs.build import build_model
 from lmnas.tasks.language_modeling import BatchSettings, LanguageModeling, ModelSettings, Segments, segment
 

@@ -27,7 +27,8 @@ from lmnas.core.job import Job
 from lmnas.core.registry import component, create
 from lmnas.core.text import columns
 from lmnas.methods.estimators.shared import Shared
-from lmnas.nn.train import Optimizer, Training, fit, initialise
+from lmnas.nn.train import fit, initialise
+from lmnas.nn.training.settings import Optimizer, Training
 from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE
 from lmnas.runs.build import build_model
 from lmnas.spaces.recurrent.cell import RecurrentCell

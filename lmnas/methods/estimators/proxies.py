@@ -17,7 +17,8 @@ from lmnas.core.errors import Unscored
 from lmnas.core.job import Job
 from lmnas.methods.proxies.family import Subject, family_of
 from lmnas.methods.proxies.statistics import Undefined
-from lmnas.nn.train import Training, initialise
+from lmnas.nn.train import initialise
+from lmnas.nn.training.settings import Training
 
 
 class Proxy(Estimator):

@@ -27,16 +27,20 @@ from lmnas.core.contracts import (
     Space,
     State,
     Strategy,
+    Stream,
     Task,
     Trial,
     relaxed,
 )
-from lmnas.core.errors import Diverged
+from lmnas.core.errors import Diverged, NotFinite
 from lmnas.core.files import write_atomic
 from lmnas.core.job import PREPARED, Job
 from lmnas.core.seeds import derive
 from lmnas.nn.curvature import diagonal
-from lmnas.nn.train import Mean, NotFinite, Recovery, Training, WeightTraining, initialise
+from lmnas.nn.train import initialise
+from lmnas.nn.training.loop import Loop
+from lmnas.nn.training.settings import Training
+from lmnas.nn.training.weights import WeightTraining
 
 MAX_SKIPPED = 10
 """Batches in a row without an update before training goes back to its last good state."""
@@ -84,103 +88,77 @@ class Shared(Estimator):
         both from one pass (if it is `joint`); after each pass the strategy's proposals are rewarded (if by
         reinforcement), with the weights frozen."""
         assert isinstance(strategy, SharingStrategy)
-        weights = WeightTraining(self.model, self.task, self.training, self.seed, self.device)
+        weights = WeightTraining(
+            self.model, self.task, self.training, self.seed, self.device, clock=lambda: job.seconds
+        )
         # one cursor over validation text for architecture steps, one for rewards
         valid_stream = self.task.stream("valid", self.valid_batches, self.seed)
         reward_stream = self.task.stream("valid", self.valid_batches, self.seed + 1)
-        by_gradient = "mixture" in strategy.needs
-        joint = by_gradient and strategy.joint
-        loss_mean = Mean()
-        recovery = Recovery(job)
         rewards_due, ticks, skipped = 0, 0, 0
 
         def state() -> dict[str, Any]:
             return {
-                "training": weights.state_dict(),
                 "valid": valid_stream.state_dict(),
                 "reward": reward_stream.state_dict(),
                 "strategy": strategy.state_dict(),
-                "loss": [loss_mean.total, loss_mean.count],
                 "rewards_due": rewards_due,
                 "ticks": ticks,
                 "skipped": skipped,
-                "recoveries": recovery.count,
             }
 
         def restore(saved: dict[str, Any]) -> None:
             nonlocal rewards_due, ticks, skipped
-            weights.load_state_dict(saved["training"])
             valid_stream.load_state_dict(to_device(saved["valid"], self.device))
             reward_stream.load_state_dict(saved["reward"])
             strategy.load_state_dict(saved["strategy"])
-            loss_mean.total, loss_mean.count = saved["loss"]
             rewards_due, ticks, skipped = saved["rewards_due"], saved["ticks"], saved["skipped"]
 
-        saved = job.load()
-        if saved is None:
-            job.save(state())
-        else:
-            restore(saved)
-            recovery.count = saved["recoveries"]
-
-        while weights.stream.epoch < self.training.epochs or rewards_due:
-            epoch = weights.stream.epoch
+        loop = Loop(job, weights, self.training.checkpoint_steps, state, restore)
+        loop.start()
+        while not weights.over() or rewards_due:
             if rewards_due:
                 self._reward(strategy, reward_stream.next(), weights.steps)
                 rewards_due -= 1
                 ended = rewards_due == 0
             else:
                 try:
-                    batch = weights.draw()
-                    if by_gradient and not joint:
-                        self._learn(strategy, weights, batch, valid_stream)
-                    choice = to_device(strategy.choice(weights.steps), self.device)
-                    if joint:
-                        loss_mean.add(self._update_jointly(strategy, weights, batch, choice))
-                    else:
-                        loss_mean.add(weights.update(batch, choice))
+                    loop.loss.add(self._step(strategy, weights, valid_stream))
                     skipped = 0
                 except NotFinite as problem:
                     # one sampled path that explodes is no reason to go back: its batch made no update and is left out;
                     # a mixture is all paths at once
                     skipped += 1
-                    if not by_gradient and skipped <= MAX_SKIPPED:
-                        job.events.emit("skipped", step=weights.steps, cause=str(problem))
-                        weights.skip()
-                    else:
-                        salt = weights.salt
-                        restore(recovery.state(weights.steps, str(problem)))
-                        weights.salt = salt + 1
-                        job.save(state())
+                    if "mixture" in strategy.needs or skipped > MAX_SKIPPED:
+                        loop.recover(problem)
                         continue
-                ended = weights.stream.epoch > epoch
-                if ended and not loss_mean.count:
+                    job.events.emit("skipped", step=weights.steps, cause=str(problem))
+                    weights.skip()
+                ended = weights.due() or weights.over()
+                if ended and not loop.loss.count:
                     raise Diverged(weights.steps, "no batch of an epoch made an update")
                 if ended and strategy.rewards_per_round:
                     rewards_due = max(1, strategy.rewards_per_round // strategy.rewards_per_update)
                     ended = False
             if ended:
-                job.events.emit(
-                    "epoch",
-                    epoch=weights.stream.epoch,
-                    step=weights.steps,
-                    train_loss=loss_mean.value(),
-                    valid=None,
-                    statistics=strategy.statistics(),
-                )
-                loss_mean = Mean()
+                loop.end_epoch(weights.stream.epoch, valid=None, statistics=strategy.statistics())
             ticks += 1
-            if ended or ticks % self.training.checkpoint_steps == 0:
-                job.save(state())
-            job.stop_if_asked(state)
-            done = min(weights.steps / weights.stream.steps_per_epoch, self.training.epochs)
-            job.progress(done, self.training.epochs, "training shared weights" if not rewards_due else "rewards")
+            loop.end_step(ended, ticks, "rewards" if rewards_due else "training shared weights")
 
         write_atomic(
             job.directory / PREPARED, pack({"model": self.model.state_dict(), "strategy": strategy.state_dict()})
         )
 
-    def _learn(self, strategy: SharingStrategy, weights: WeightTraining, batch: Batch, valid_stream: Any) -> None:
+    def _step(self, strategy: SharingStrategy, weights: WeightTraining, valid_stream: Stream) -> float:
+        """One update of the weights, and one of a strategy that learns by gradient; the training loss before both."""
+        batch, by_gradient = weights.draw(), "mixture" in strategy.needs
+        if by_gradient and not strategy.joint:
+            self._learn(strategy, weights, batch, valid_stream)
+        choice = to_device(strategy.choice(weights.steps), self.device)
+        if by_gradient and strategy.joint:
+            return self._update_jointly(strategy, weights, batch, choice)
+        return weights.update(batch, choice)
+
+    def _learn(self, strategy: SharingStrategy, weights: WeightTraining, batch: Batch, valid_stream: Stream) -> None:
         """One architecture step: losses as functions of weights and mixture, data and dropout noise held fixed."""
         valid = valid_stream.next().to(self.device)
         train_masks, valid_masks = weights.masks("learn-train", batch), weights.masks("learn-valid", valid)
@@ -204,7 +182,7 @@ class Shared(Estimator):
                 weight_decay=self.training.optimizer.weight_decay,
                 clip=self.training.optimizer.clip,
                 velocity=weights.velocity(),
-                progress=self._progress(weights),
+                progress=weights.share,
                 curvature=functools.partial(self._curvature, weights),
             )
         )
@@ -232,7 +210,7 @@ class Shared(Estimator):
                 learning_rate=rate,
                 weight_decay=self.training.optimizer.weight_decay,
                 clip=self.training.optimizer.clip,
-                progress=self._progress(weights),
+                progress=weights.share,
                 train_gradient={
                     name: torch.zeros_like(table) if table.grad is None else table.grad
                     for name, table in mixture.items()
@@ -245,11 +223,6 @@ class Shared(Estimator):
     def _loss(self, batch: Batch, masks: Any, parameters: Any, mixture: Mixture) -> Loss:
         # the look-ahead leaves penalties out, as DARTS does
         return functional_call(self.model, dict(parameters), (batch, masks, mixture, False))
-
-    def _progress(self, weights: WeightTraining) -> float:
-        """Share of the training's steps that are done; the number of steps is an estimate, the end is not."""
-        total = self.training.epochs * weights.stream.steps_per_epoch
-        return 1.0 if weights.stream.epoch >= self.training.epochs else min(weights.steps, total - 1) / total
 
     def _curvature(self, weights: WeightTraining, mixture: Mixture, method: str, n_batches: int) -> Mixture:
         """`LearnStep.curvature`: over the batches that come next, which training then draws all the same.

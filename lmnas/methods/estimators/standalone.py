@@ -6,7 +6,8 @@ import torch
 
 from lmnas.core.contracts import Cost, Estimator, Proposal, Score, Space, Task
 from lmnas.core.job import Job
-from lmnas.nn.train import Training, fit, initialise
+from lmnas.nn.train import fit, initialise
+from lmnas.nn.training.settings import Training
 
 
 class Standalone(Estimator):

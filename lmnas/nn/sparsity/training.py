@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from lmnas.core.contracts import Batch, Model, SoftmaxModel, State, Task
-from lmnas.core.errors import Emptied, UserError
+from lmnas.core.errors import Emptied, NotFinite, UserError
 from lmnas.core.job import Job
+from lmnas.core.length import Length
 from lmnas.core.seeds import rng
 from lmnas.nn.curvature import recursion_weights, sampled_weights
 from lmnas.nn.sparsity.strips import Family, Layout, PerFamily, Piece, Weights
-from lmnas.nn.train import Mean, NotFinite, Recovery, Training, WeightTraining
+from lmnas.nn.training.loop import Loop
+from lmnas.nn.training.settings import Training
+from lmnas.nn.training.weights import WeightTraining
 
 DIGITS = 5
 """Significant digits of norms in the record."""
@@ -144,37 +147,31 @@ def sparsify(
         Emptied: a family died whole.
         Diverged, Interrupted: as in `train.fit`.
     """
-    optimizer = replace(training.optimizer, method="sgd", momentum=0.0, averaging="none")
-    training = replace(training, optimizer=optimizer, epochs=sparsity.rounds * sparsity.round_epochs)
+    length = Length(sparsity.rounds * sparsity.round_epochs)
+    training = replace(training, optimizer=training.optimizer.plain_sgd(), evaluate_steps=None).lasting(length)
     batches = training.batch_settings(task)
     strips = layout(model)
     assert isinstance(model, SoftmaxModel)
     weights = WeightTraining(model, task, training, seed, device)
     parameters = dict(model.named_parameters())
-    recovery, loss_mean = Recovery(job), Mean()
     strength, omega = sparsity.strength, strips.full(0.0)
     alive = {name: torch.ones_like(value, dtype=torch.bool) for name, value in omega.items()}
     begin, rounds, before = dict[str, Any](), list[dict[str, Any]](), dict[str, Any]()
 
     def state() -> dict[str, Any]:
         return {
-            "training": weights.state_dict(),
             "strength": strength,
             "omega": omega,
             "alive": alive,
             "begin": begin,
             "rounds": rounds,
             "before": before,
-            "loss": [loss_mean.total, loss_mean.count],
-            "recoveries": recovery.count,
         }
 
     def restore(saved: dict[str, Any]) -> None:
         nonlocal strength, omega, alive, begin, rounds, before
-        weights.load_state_dict(saved["training"])
         strength, omega, alive = saved["strength"], saved["omega"], saved["alive"]
         begin, rounds, before = saved["begin"], list(saved["rounds"]), saved["before"]
-        loss_mean.total, loss_mean.count = saved["loss"]
 
     def measure(index: int) -> tuple[dict[str, Any], PerFamily]:
         """Penalty weights from the curvature here; what is told of it, and the evidence that every strip adds."""
@@ -213,58 +210,47 @@ def sparsify(
             alive[name][against] = False
         strips.shrink(parameters, _thresholds(strips.full(0.0), alive))
 
-    saved = job.load()
-    if saved is None:
+    def prepare() -> None:
+        nonlocal begin
         for split in ("valid", "test"):
             score = task.evaluate(model, split, batches)
             before[split] = {"value": score.value, "n_predictions": score.n_predictions}
         begin, _ = measure(0)
-        job.save(state())
-    else:
-        restore(saved)
-        recovery.count = saved["recoveries"]
 
-    while weights.stream.epoch < training.epochs:
-        epoch = weights.stream.epoch
+    loop = Loop(job, weights, training.checkpoint_steps, state, restore)
+    loop.start(prepare)
+    while not weights.over():
         try:
             batch = weights.draw()
-            loss_mean.add(weights.update(batch))
+            loop.loss.add(weights.update(batch))
             assert strength is not None
             rate = weights.step_size * strength
             strips.shrink(parameters, _thresholds({name: rate * each for name, each in omega.items()}, alive))
-            ended = weights.stream.epoch > epoch
+            ended = weights.due()
+            full = ended and weights.stream.epoch % sparsity.round_epochs == 0
+            if full:
+                measured, gain = measure(len(rounds) + 1)
+                if sparsity.dynamic or weights.over():
+                    prune(gain)
             if ended:
-                full = weights.stream.epoch % sparsity.round_epochs == 0
-                if full:
-                    measured, gain = measure(len(rounds) + 1)
-                    if sparsity.dynamic or weights.stream.epoch == training.epochs:
-                        prune(gain)
                 score = task.evaluate(model, "valid", batches)
                 if not math.isfinite(score.value):
                     raise NotFinite("validation score is not finite")
         except NotFinite as problem:
-            salt = weights.salt
-            restore(recovery.state(weights.steps, str(problem)))
-            weights.salt = salt + 1
-            job.save(state())
+            loop.recover(problem)
             continue
         if ended:
-            norms = strips.norms(parameters)
             told = {
-                "train_loss": loss_mean.value(),
+                "train_loss": loop.loss.value(),
                 "valid": score.value,
                 "units": {name: int(living.sum()) for name, living in alive.items()},
             }
-            job.events.emit("epoch", epoch=epoch + 1, step=weights.steps, **told)
+            loop.end_epoch(weights.epoch + 1, **{name: told[name] for name in ("valid", "units")})
             if full:
-                rounds.append({"round": len(rounds) + 1, **told, **measured, "norms": _listed(norms)})
-            loss_mean = Mean()
-        if ended or weights.steps % training.checkpoint_steps == 0:
-            job.save(state())
-        job.stop_if_asked(state)
-        done = weights.steps / max(weights.stream.steps_per_epoch, 1)
+                norms = _listed(strips.norms(parameters))
+                rounds.append({"round": len(rounds) + 1, **told, **measured, "norms": norms})
         text = f"units {'/'.join(map(str, rounds[-1]['units'].values()))}" if rounds else "first round"
-        job.progress(min(done, training.epochs), training.epochs, text)
+        loop.end_step(ended, weights.steps, text)
 
     kept = {name: living.nonzero()[:, 0].tolist() for name, living in alive.items()}
     return {

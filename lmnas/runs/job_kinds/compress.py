@@ -9,7 +9,8 @@ import torch
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
 from lmnas.nn.sparsity.training import OUTER, Sparsity, layout, sparsify
-from lmnas.nn.train import Training, n_parameters, save_weights
+from lmnas.nn.train import n_parameters, save_weights
+from lmnas.nn.training.settings import Training
 from lmnas.runs.build import build_model, load_model, space_for
 from lmnas.runs.work import JobKind, Workplace
 

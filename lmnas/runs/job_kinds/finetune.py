@@ -1,11 +1,12 @@
 """Training a compressed model a little; where that does not help, it stays as it was."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lmnas.core.errors import UserError
 from lmnas.core.job import Job, read_result
+from lmnas.core.length import Length
 from lmnas.nn.train import fit, n_parameters, save_weights
 from lmnas.runs.build import load_model
 from lmnas.runs.job_kinds.compress import at_rate
@@ -36,7 +37,7 @@ class Finetune(JobKind):
         kept = {"value": before["value"], "n_predictions": before["n_predictions"], "epoch": 0, "steps": 0}
         result: dict[str, Any] = {**kept, "n_parameters": n_parameters(net), "tokens_per_second": None}
         if self.epochs:
-            training = replace(at_rate(recipe.train.training, self.learning_rate), epochs=self.epochs)
+            training = at_rate(recipe.train.training, self.learning_rate).lasting(Length(self.epochs))
             result = fit(net, task, training, self.seed, job, device)
             if not task.objective.better(result["value"], before["value"]):
                 result = {**result, **kept, "steps": result["steps"]}

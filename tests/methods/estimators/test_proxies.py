@@ -14,7 +14,8 @@ from lmnas.methods.estimators.proxies import HiddenCovariance, Proxy
 from lmnas.methods.proxies import transformer
 from lmnas.methods.proxies.predictor import features, prior, shipped
 from lmnas.methods.proxies.recurrent import METRICS, measure
-from lmnas.nn.train import Training, initialise
+from lmnas.nn.train import initialise
+from lmnas.nn.training.settings import Training
 from lmnas.spaces.recurrent.graph import RecurrentGraph
 from lmnas.spaces.recurrent.lstm import LSTM
 from lmnas.spaces.transformer.flexibert import FlexiBERT

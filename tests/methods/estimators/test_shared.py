@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from lmnas.core.contracts import Proposal
-from lmnas.core.errors import Diverged
+from lmnas.core.errors import Diverged, NotFinite
 from lmnas.core.events import read_events
 from lmnas.core.job import Job
 from lmnas.core.seeds import rng
 from lmnas.methods.estimators.shared import Shared
 from lmnas.methods.strategies.random_search import RandomSearch
 from lmnas.methods.strategies.reinforce import Reinforce
-from lmnas.nn.train import NotFinite, Optimizer, Training, WeightTraining
+from lmnas.nn.training.settings import Optimizer, Training
+from lmnas.nn.training.weights import WeightTraining
 from lmnas.spaces.recurrent.cell import RecurrentCell
 
 CPU = torch.device("cpu")

@@ -19,7 +19,8 @@ from lmnas.methods.estimators.shared import Shared
 from lmnas.methods.strategies.bayes import Bayes
 from lmnas.nn.curvature import METHODS
 from lmnas.nn.sparsity import priors as evidence
-from lmnas.nn.train import Optimizer, Training, WeightTraining
+from lmnas.nn.training.settings import Optimizer, Training
+from lmnas.nn.training.weights import WeightTraining
 from lmnas.spaces.recurrent.cell import RecurrentCell
 from lmnas.spaces.recurrent.sparse import RecurrentSparse
 

@@ -9,7 +9,8 @@ from lmnas.core.contracts import LearnStep
 from lmnas.core.seeds import generator
 from lmnas.methods.estimators.shared import Shared
 from lmnas.methods.strategies.gradient import Gradient, _clipped, architecture_gradient
-from lmnas.nn.train import Optimizer, Training, WeightTraining
+from lmnas.nn.training.settings import Optimizer, Training
+from lmnas.nn.training.weights import WeightTraining
 from lmnas.spaces.recurrent.cell import RecurrentCell
 
 

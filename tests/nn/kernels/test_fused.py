@@ -16,7 +16,8 @@ from lmnas.methods.estimators.shared import Shared
 from lmnas.methods.strategies.gradient import Gradient, architecture_gradient
 from lmnas.nn.kernels import Program, decide, dispatch, edges, fused, reference, set_kernel
 from lmnas.nn.ops.dropout import draw_mask
-from lmnas.nn.train import Optimizer, Training, WeightTraining
+from lmnas.nn.training.settings import Optimizer, Training
+from lmnas.nn.training.weights import WeightTraining
 from lmnas.runs.build import covering_space
 from lmnas.spaces.recurrent.cell import RecurrentCell
 

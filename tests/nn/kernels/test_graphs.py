@@ -22,7 +22,9 @@ from lmnas.methods.strategies.random_search import RandomSearch
 from lmnas.nn.kernels import Program, dispatch, graphs, kernel_in_use, segment, set_kernel
 from lmnas.nn.kernels.graphs import Recorded
 from lmnas.nn.ops.dropout import draw_mask
-from lmnas.nn.train import Optimizer, Training, WeightTraining, fit, initialise
+from lmnas.nn.train import fit, initialise
+from lmnas.nn.training.settings import Optimizer, Training
+from lmnas.nn.training.weights import WeightTraining
 from lmnas.runs.build import build_model
 from lmnas.spaces.recurrent.cell import RecurrentCell
 

@@ -7,7 +7,8 @@ from lmnas.core.genotype import load_genotype
 from lmnas.core.seeds import generator, rng
 from lmnas.nn.kernels import edges, first_edge
 from lmnas.nn.ops.dropout import draw_mask
-from lmnas.nn.train import Training, n_parameters
+from lmnas.nn.train import n_parameters
+from lmnas.nn.training.settings import Training
 from lmnas.runs.build import count_parameters, covering_space, matching_width
 from lmnas.spaces.recurrent.cell import Cell, RecurrentCell
 from lmnas.tasks.language_modeling import LanguageModel, ModelSettings

@@ -1,0 +1,1 @@
+"""Parts of a training: its settings, optimisers, schedules, the weights' update, averaging and the loop's frame."""
