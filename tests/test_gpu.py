@@ -13,14 +13,14 @@ from lmnas.nn.training.settings import Optimizer, Training
 from lmnas.runs.build import build_model
 from lmnas.spaces.recurrent.cell import RecurrentCell
 
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu])]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def on(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
+def on():
+    if not torch.cuda.is_available():
         pytest.skip("no GPU here")
-    return torch.device(request.param)
+    return torch.device("cuda")
 
 
 def settings(epochs=2):
@@ -33,7 +33,6 @@ def settings(epochs=2):
     )
 
 
-@pytest.mark.parametrize("on", DEVICES, indirect=True)
 def test_training_follows_the_cpu(on, tiny_task, tmp_path):
     """Masks are drawn on the CPU for every device, so the curves agree to rounding."""
     curves = []
@@ -48,7 +47,6 @@ def test_training_follows_the_cpu(on, tiny_task, tmp_path):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("on", DEVICES, indirect=True)
 def test_gradient_search_follows_the_cpu(on, order, tiny_task, tmp_path):
     """Architecture weights live on the CPU, the supernet on the device: the same alphas up to rounding."""
     alphas = []

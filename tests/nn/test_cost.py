@@ -1,6 +1,8 @@
 """Forecasts of memory and operations: worked numbers, and what a real step holds."""
 
 import copy
+import mmap
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,6 +12,8 @@ import tiny
 import torch
 import yaml
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lmnas.core.contracts import Batch, Loss, Model, Task
 from lmnas.core.errors import UserError
@@ -235,8 +239,15 @@ def test_control_groups(tmp_path, membership, files, free):
     assert forecast._cgroup_free(tmp_path / "fs", tmp_path / "membership") == free
 
 
-def test_this_machine_has_memory():
-    assert 2**20 < available(CPU) < 2**50
+def test_this_machine_tells_its_memory():
+    """Beside what the C library says, and a mapping made here."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert forecast._meminfo("MemTotal") == physical
+    assert 0 < available(CPU) <= physical
+    before = forecast._mapped()
+    with mmap.mmap(-1, 2**28):
+        assert 2**28 <= forecast._mapped() - before < 2**28 + 2**26
+    assert forecast._meminfo("NoSuchLine") is None
 
 
 # ------------------------------------------------------------------------------------------------------------ plans
@@ -295,10 +306,29 @@ def test_short_memory_takes_a_smaller_chunk_then_refuses(document, monkeypatch):
         plan.fitting_chunk(load_recipe(document), CPU, "reference", DEFAULT_CHUNK)
 
 
-def test_a_chunk_set_is_the_chunk_used(monkeypatch):
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        made = function(*arguments, **(settings or {}))
+        self.found = max(self.found, *(part.numel() for part in tree_leaves(made) if isinstance(part, torch.Tensor)), 0)
+        return made
+
+
+@pytest.mark.parametrize("elements, rows", [(80, 4), (139, 6), (1, 1), (10_000, 12)])
+def test_no_more_logits_are_held_than_were_set(elements, rows, monkeypatch):
+    """Of 12 predictions over 20 classes, from 2 features; the loss stays the same."""
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", cross_entropy.CHUNK_ELEMENTS)
-    set_chunk(123)
-    assert cross_entropy.CHUNK_ELEMENTS == 123
+    noise = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(12, 2, generator=noise), torch.randn(20, 2, generator=noise)
+    targets = torch.arange(12)
+    set_chunk(elements)
+    with Largest() as largest:
+        loss = cross_entropy.linear_cross_entropy(hidden, weight, None, targets)
+    assert largest.found == max(20 * rows, weight.numel())
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.t(), targets))
 
 
 def test_seconds_of_work_by_hand(document):

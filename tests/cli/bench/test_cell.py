@@ -8,7 +8,7 @@ import torch
 from lmnas.cli.bench import cell, machine, peak
 from lmnas.cli.bench.options import chosen_rows
 from lmnas.cli.bench.rows import ROWS, Row, Setting, Sizes, search_step_flops
-from lmnas.cli.main import main
+from lmnas.cli.main import bench_parser, main
 from lmnas.core.contracts import Batch
 from lmnas.core.errors import UserError
 from lmnas.nn.cost import forward_flops, on_meta
@@ -196,9 +196,11 @@ def test_product_rates_are_of_exact_products(monkeypatch):
 
 
 def test_peak_of_a_fresh_process():
-    """The decoder's loss holds all logits on the plain side: at 64 x 200 nothing much, but the process runs."""
-    found = peak.measure("cross-entropy", "plain", 1, "reference", False, True)
-    assert 2**20 < found < 2**30
+    """The plain side of the decoder's loss holds 8,960 x 10,000 logits, their logarithms and their gradient at once;
+    ours holds none of the three whole."""
+    logits = 8960 * 10_000 * 4
+    plain, ours = (peak.measure("cross-entropy", side, 2, "reference", False, False) for side in ("plain", "ours"))
+    assert 3 * logits <= plain < 4 * logits and ours < logits / 2
 
 
 # ------------------------------------------------------------------------------------------------- the command line
@@ -215,11 +217,18 @@ def test_answer_and_pictures(tmp_path, capsys):
         assert row["peak_memory_bytes"] is None and row["plain_peak_memory_bytes"] is None
     assert document["kernel"] == "reference" and document["threads"] == 1
     assert document.keys() >= {"processor", "torch"}
-    steps = document["rows"][1]["ours_per_second"] / 64
-    expected = steps * search_step_flops(Sizes.small()) / 1e9 / document["gemm_gflops"]
-    assert document["gemm_fraction"] == pytest.approx(expected)
     assert (tmp_path / "pictures" / "cell.png").read_bytes().startswith(b"\x89PNG")
     assert document["pictures"] == [str(tmp_path / "pictures" / "cell.png")]
+
+
+def test_fraction_of_the_fastest_product(monkeypatch):
+    """4 steps a second of 64 tokens, each 3 x 2 x (64 x 64 + 36 x 32 x 64 + 32 x 200) operations, of 1 GFLOP/s."""
+    monkeypatch.setattr(cell, "product_rates", lambda *arguments: {"default": {"a": 0.5, "b": None, "c": 1.0}})
+    monkeypatch.setattr(cell, "measure", lambda name, *arguments: {"row": name, "ours_per_second": 256.0})
+    options = bench_parser("cell").parse_args(["--small", "--threads", "1", "--kernel", "reference", "--no-memory"])
+    document = cell.run(options, lambda line: None)
+    assert document["gemm_gflops"] == 1.0
+    assert document["gemm_fraction"] == pytest.approx(256 * 6 * (4096 + 73_728 + 6400) / 1e9)
 
 
 def test_text_and_no_fraction_without_the_search_row(capsys):

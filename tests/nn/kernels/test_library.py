@@ -34,10 +34,35 @@ def test_an_error_is_seen():
     assert (rounded - exact).norm() / exact.norm() > 100 * library.EXACT
 
 
+class CLibrary:
+    """One that notes what `mallopt` is told."""
+
+    def __init__(self, glibc):
+        self.told = {}
+        if glibc:
+            self.gnu_get_libc_version = None
+
+    def mallopt(self, parameter, value):
+        self.told[parameter] = value
+
+
+@pytest.mark.parametrize("glibc, told", [(True, {-4: 0, -1: 2**31 - 1, -2: 2**26}), (False, {})])
+def test_only_glibc_is_told_to_keep_memory(glibc, told, monkeypatch):
+    """No block of its own mapping, no trimming below 2 GiB, 64 MiB more at a time."""
+    there = CLibrary(glibc)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: there)
+    library.keep_freed_memory()
+    assert there.told == told
+
+
 @pytest.mark.parametrize("given", [OSError, TypeError])
 def test_without_a_c_library_memory_is_left_alone(given, monkeypatch):
+    asked = []
+
     def refuse(name):
+        asked.append(name)
         raise given
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     library.keep_freed_memory()
+    assert asked == [None]
