@@ -65,6 +65,13 @@ def load(**overrides):
     return load_recipe(tiny.recipe("pydoc"), {key.replace("__", "."): value for key, value in overrides.items()})
 
 
+def test_a_given_genotype_needs_no_relaxation():
+    """Recipes of 0.1.0 train an LSTM under the settings of any search."""
+    with pytest.raises(UserError, match="needs a space with a relaxation"):
+        load(space="lstm")
+    assert load(space="lstm", genotype="lstm-1").genotype == "lstm-1"
+
+
 def test_dotted_overrides():
     recipe = load(train__training__epochs=7, train__training__model__width=12, seed=3, baselines__more__source="lstm-3")
     assert recipe.train.training.epochs == 7 and recipe.train.training.model == {"width": 12}
