@@ -36,7 +36,7 @@ from lmnas.methods.strategies.gradient import architecture_gradient
 from lmnas.nn.kernels import dispatch, graphs, segment
 from lmnas.runs.build import covering_space
 from lmnas.spaces.recurrent.cell import RecurrentCell
-from lmnas.spaces.recurrent.lstm import LSTM
+from lmnas.spaces.recurrent.layers import LSTM
 from lmnas.tasks import language_modeling
 from lmnas.tasks.language_modeling import LanguageModel, ModelSettings
 

@@ -77,7 +77,7 @@ def test_every_module_is_in_a_room():
 @pytest.mark.parametrize(
     "own, source",
     [
-        ("nn", "from lmnas.spaces.recurrent.lstm import LSTM"),
+        ("nn", "from lmnas.spaces.recurrent.layers import LSTM"),
         ("core", "import lmnas.nn.train"),
         ("core", "import lmnas"),
         ("spaces", "def f():\n    from lmnas.tasks.data import corpora"),

@@ -8,6 +8,7 @@ that states its decisions.
 import itertools
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,16 +24,16 @@ Choices = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class OneOf:
-    """Choose one of `options`.
+class Decision(ABC):
+    """One choice among `options`.
 
     Attributes:
         name: unique within the space, `node_3.input`.
-        options: at least one; a decision with a single option is a constant that the genotype records.
+        options: a decision with a single outcome is a constant that the genotype records.
         node: index of the graph node that the decision shapes; decisions of one node stand together, in node order.
         reads_node: the options are indices of earlier nodes (a controller may attend to them).
-        graph: which graph the nodes belong to, where a space has several (a normal and a reduction cell).
         when: (name of an earlier decision, its values) for which this one is active; None: always.
+        graph: which graph the nodes belong to, where a space has several (a normal and a reduction cell).
     """
 
     name: str
@@ -41,6 +42,74 @@ class OneOf:
     reads_node: bool = False
     when: tuple[str, tuple[Option, ...]] | None = None
     graph: str = ""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a controller's action: () for the index of an option, (K,) for a bit of each of K options."""
+
+    @property
+    @abstractmethod
+    def picks(self) -> int | None:
+        """Number of options that are chosen, one after the other; None: each is taken or left on its own."""
+
+    @abstractmethod
+    def action(self, value: Any) -> Any:
+        """A value (None: not decided) as a controller's action, a number or a list of them."""
+
+    @abstractmethod
+    def from_action(self, action: Any) -> Any:
+        """The value that an action stands for."""
+
+    @abstractmethod
+    def count(self) -> int:
+        """Number of values."""
+
+    @abstractmethod
+    def sample(self, rng: random.Random) -> Any:
+        """A value, uniformly."""
+
+    @abstractmethod
+    def others(self, value: Any, rng: random.Random) -> Any:
+        """Another value than `value`, near it; `value` itself if it is the only one."""
+
+    @abstractmethod
+    def encode(self, value: Any) -> list[float]:
+        """A number for each option: 1 where `value` has it."""
+
+    @abstractmethod
+    def parameters(self, value: Any) -> dict[str, Any]:
+        """`value` as Optuna parameters."""
+
+    @abstractmethod
+    def distributions(self) -> dict[str, Categorical]:
+        """Optuna's distributions of the parameters."""
+
+    @abstractmethod
+    def from_parameters(self, parameters: Mapping[str, Any]) -> Any:
+        """The value that Optuna's parameters stand for."""
+
+    @abstractmethod
+    def check(self, value: Any) -> str | None:
+        """What is wrong with `value`; None if nothing is."""
+
+
+@dataclass(frozen=True)
+class OneOf(Decision):
+    """Choose one of `options`; there is at least one."""
+
+    shape = ()
+    picks = 1
+
+    def __post_init__(self) -> None:
+        if not self.options:
+            raise ValueError(f"{self.name} has no options")
+
+    def action(self, value: Any) -> int:
+        return 0 if value is None else self.options.index(value)
+
+    def from_action(self, action: int) -> Any:
+        return self.options[action]
 
     def count(self) -> int:
         return len(self.options)
@@ -57,7 +126,6 @@ class OneOf:
         return [float(option == value) for option in self.options]
 
     def parameters(self, value: Any) -> dict[str, Any]:
-        """`value` as Optuna parameters."""
         return {self.name: value}
 
     def distributions(self) -> dict[str, Categorical]:
@@ -74,17 +142,29 @@ class OneOf:
 
 
 @dataclass(frozen=True)
-class Subset:
+class Subset(Decision):
     """Choose any subset of `options` (each bit on its own: skip connections), or exactly `size` of them (a node's two
     inputs). Values are lists in option order."""
 
-    name: str
-    options: tuple[Option, ...]
-    node: int | None = None
-    reads_node: bool = False
-    when: tuple[str, tuple[Option, ...]] | None = None
-    graph: str = ""
     size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and not 0 < self.size <= len(self.options):
+            raise ValueError(f"{self.name} cannot have {self.size} of {len(self.options)} options")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.options),)
+
+    @property
+    def picks(self) -> int | None:
+        return self.size
+
+    def action(self, value: Any) -> list[bool]:
+        return [option in (value or ()) for option in self.options]
+
+    def from_action(self, action: list[bool]) -> list[Option]:
+        return [option for option, bit in zip(self.options, action, strict=True) if bit]
 
     def count(self) -> int:
         return 2 ** len(self.options) if self.size is None else math.comb(len(self.options), self.size)
@@ -142,9 +222,6 @@ class Subset:
         return [option for option in self.options if option in value]
 
 
-Decision = OneOf | Subset
-
-
 class Decisions:
     """The ordered decisions of a space."""
 
@@ -154,11 +231,6 @@ class Decisions:
         if len(set(names)) != len(names):
             raise ValueError("two decisions share a name")
         for position, decision in enumerate(self._decisions):
-            if isinstance(decision, OneOf) and not decision.options:
-                raise ValueError(f"{decision.name} has no options")
-            size, n = getattr(decision, "size", None), len(decision.options)
-            if size is not None and not 0 < size <= n:
-                raise ValueError(f"{decision.name} cannot have {size} of {n} options")
             if decision.when and decision.when[0] not in names[:position]:
                 raise ValueError(f"{decision.name} depends on {decision.when[0]}, which is not decided before it")
 

@@ -20,7 +20,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "space": {
         "recurrent-cell": "lmnas.spaces.recurrent.cell:RecurrentCell",
         "recurrent-sparse": "lmnas.spaces.recurrent.sparse:RecurrentSparse",
-        "lstm": "lmnas.spaces.recurrent.lstm:LSTM",
+        "lstm": "lmnas.spaces.recurrent.layers:LSTM",
         "resnet": "lmnas.spaces.conv.resnet:ResNet",
         "recurrent-layers": "lmnas.spaces.recurrent.layers:RecurrentLayers",
         "flexibert": "lmnas.spaces.transformer.flexibert:FlexiBERT",

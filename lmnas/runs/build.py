@@ -124,9 +124,11 @@ def count_parameters(task: Task, genotype: Genotype, training: Training, space: 
 
 
 def matching_width(task: Task, genotype: Genotype, training: Training, target: int, space: Space | None = None) -> int:
-    """The width whose number of parameters comes nearest to `target` (it grows with the width)."""
+    """The legal width whose number of parameters comes nearest to `target` (it grows with the width)."""
+    unit = (space or covering_space(genotype)).width_multiple(genotype)
 
-    def count(width: int) -> int:
+    def count(units: int) -> int:
+        width = units * unit
         return count_parameters(task, genotype, replace(training, model={**training.model, "width": width}), space)
 
     low, high = 1, 2
@@ -135,7 +137,7 @@ def matching_width(task: Task, genotype: Genotype, training: Training, target: i
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) < target else (low, middle)
-    return min((low, high), key=lambda width: (abs(count(width) - target), width))
+    return unit * min((low, high), key=lambda units: (abs(count(units) - target), units))
 
 
 def load_model(recipe: Recipe, task: Task, spec: Mapping[str, Any], weights: Path) -> Model:

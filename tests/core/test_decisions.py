@@ -230,14 +230,14 @@ def test_what_is_wrong_is_named(changed, message):
 
 
 @pytest.mark.parametrize(
-    "decisions, message",
+    "made, message",
     [
-        ([OneOf("a", (1, 2)), OneOf("a", (1, 2))], "share a name"),
-        ([OneOf("a", ())], "no options"),
-        ([Subset("a", (0, 1), size=3)], "a cannot have 3 of 2 options"),
-        ([OneOf("a", (1,), when=("b", (1,))), OneOf("b", (1,))], "not decided before"),
+        (lambda: [OneOf("a", (1, 2)), OneOf("a", (1, 2))], "share a name"),
+        (lambda: [OneOf("a", ())], "no options"),
+        (lambda: [Subset("a", (0, 1), size=3)], "a cannot have 3 of 2 options"),
+        (lambda: [OneOf("a", (1,), when=("b", (1,))), OneOf("b", (1,))], "not decided before"),
     ],
 )
-def test_decisions_that_make_no_sense(decisions, message):
+def test_decisions_that_make_no_sense(made, message):
     with pytest.raises(ValueError, match=message):
-        Decisions(decisions)
+        Decisions(made())

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmnas.core.decisions import Choices, Decision, Decisions, OneOf, Subset
+from lmnas.core.decisions import Choices, Decision, Decisions
 from lmnas.core.errors import UserError, nearest
 
 
@@ -55,7 +55,7 @@ class _Step:
 class _Rollout:
     """Actions and activity by decision name, and the (n,) log-probability and entropy of the rows.
 
-    Actions: (n,) option indices of a OneOf, (n, K) bits of a Subset. Activity: (n,) bits, None where always active.
+    Actions: (n,) indices of an option, or (n, K) bits of a subset. Activity: (n,) bits, None where always active.
     """
 
     actions: dict[str, Tensor]
@@ -153,10 +153,7 @@ class Controller(nn.Module):
             for row, value, is_on in zip(rows, values, [True] * len(rows) if on is None else on.tolist(), strict=True):
                 if not is_on:
                     continue
-                if isinstance(decision, OneOf):
-                    row[decision.name] = decision.options[value]
-                else:
-                    row[decision.name] = [option for option, bit in zip(decision.options, value, strict=True) if bit]
+                row[decision.name] = decision.from_action(value)
         return rows, rollout.log_prob, rollout.entropy
 
     def evaluate(self, choices: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
@@ -188,12 +185,8 @@ class Controller(nn.Module):
             self.decisions.check(row, "controller")
         given = {}
         for decision in self.decisions:
-            name, options = decision.name, decision.options
-            if isinstance(decision, OneOf):
-                given[name] = torch.tensor([options.index(row[name]) if name in row else 0 for row in choices])
-            else:
-                bits = [[option in row.get(name, ()) for option in options] for row in choices]
-                given[name] = torch.tensor(bits, dtype=torch.bool).reshape(len(choices), len(options))
+            actions = [decision.action(row.get(decision.name)) for row in choices]
+            given[decision.name] = torch.tensor(actions, dtype=torch.long).reshape(len(choices), *decision.shape)
         return self._unroll(len(choices), given=given)
 
     def _unroll(self, n: int, uniforms: Tensor | None = None, given: Mapping[str, Tensor] | None = None) -> _Rollout:
@@ -210,7 +203,7 @@ class Controller(nn.Module):
             name, size = decision.name, len(decision.options)
             on = rollout.active[name] = self._active(decision, rollout)
             if step.constant:
-                only = torch.zeros(n) if isinstance(decision, OneOf) else torch.ones(n, size)
+                only = torch.ones(n, *decision.shape) if decision.shape else torch.zeros(n)
                 rollout.actions[name] = only.long()
                 continue
 
@@ -227,23 +220,23 @@ class Controller(nn.Module):
             if step.is_anchor:
                 anchors[decision.graph, step.position] = s
 
-            if isinstance(decision, OneOf):
+            if not decision.shape:
                 uniform = None if uniforms is None else uniforms[:, used]
                 used += 1
                 chosen = None if given is None else given[name]
                 action, step_log_prob, step_entropy, following = self._index(step, s, memory, uniform, chosen)
-            elif decision.size is not None:
+            elif decision.picks is not None:
                 # (n, k) positions in ascending order
-                positions = None if given is None else given[name].long().topk(decision.size).indices.sort(-1).values
+                positions = None if given is None else given[name].topk(decision.picks).indices.sort(-1).values
                 action = torch.zeros(n, size, dtype=torch.bool)
                 step_log_prob = step_entropy = zeros[:, 0]
                 last = torch.full((n,), -1)
-                for k in range(decision.size):
+                for k in range(decision.picks):
                     if k > 0:
                         s, cell = torch.lstm_cell(following, state, self.W_input, self.W_hidden)
                         state = _where(on, s, state[0]), _where(on, cell, state[1])
                     column = torch.arange(size)
-                    allowed = (column > last[:, None]) & (column <= size - decision.size + k)
+                    allowed = (column > last[:, None]) & (column <= size - decision.picks + k)
                     uniform = None if uniforms is None else uniforms[:, used]
                     used += 1
                     chosen = None if positions is None else positions[:, k]
@@ -255,7 +248,7 @@ class Controller(nn.Module):
                 log_yes, log_no = F.logsigmoid(2 * logits), F.logsigmoid(-2 * logits)
                 rollout.subsets.append((log_yes, log_no, on))
                 if given is not None:
-                    action = given[name]
+                    action = given[name].bool()
                 else:
                     assert uniforms is not None
                     action = uniforms[:, used : used + size] < log_yes.exp()
@@ -344,7 +337,7 @@ class Controller(nn.Module):
             return None
         parent, values = decision.when
         actions = rollout.actions[parent]
-        if isinstance(self.decisions[parent], Subset):  # its value is a list, never one of `values`
+        if self.decisions[parent].shape:  # its value is a list, never one of `values`
             return torch.zeros(len(actions), dtype=torch.bool)
         on = torch.tensor([option in values for option in self.decisions[parent].options])[actions]
         above = rollout.active[parent]
@@ -357,10 +350,8 @@ def _where(on: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
 
 
 def _n_uniforms(decision: Decision) -> int:
-    """How many uniform numbers draw it."""
-    if isinstance(decision, OneOf):
-        return 1
-    return len(decision.options) if decision.size is None else decision.size
+    """Uniform numbers that draw it."""
+    return len(decision.options) if decision.picks is None else decision.picks
 
 
 def _plan(decisions: Decisions) -> tuple[list[_Step], list[int]]:

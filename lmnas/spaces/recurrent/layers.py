@@ -1,7 +1,13 @@
-"""Layers of LSTM or plain recurrent units, inner ones of any size: what compressing an `lstm` leaves.
+"""Layers of LSTM or plain recurrent units: the baseline, and what compressing it leaves.
 
-The last layer has the embedding's width. AWD-LSTM is `cell` lstm with two inner layers of 1150 (Merity et al., 2018,
-arXiv 1708.02182); a plain layer is Elman's, h[t] = tanh(W x[t] + U h[t-1] + b).
+`LSTM`, of one to three layers, is built and trained by the code that trains cells. With weight drop on the recurrent
+weights it is AWD-LSTM (Merity et al., 2018, arXiv 1708.02182). Departure: all its layers have the embedding's width
+(the paper: 400 / 1150 / 1150 / 400), so that the width alone matches a parameter budget.
+
+Inner layers of `RecurrentLayers` may be of any size, as AWD-LSTM's are; the last layer has the embedding's width. A
+plain layer is Elman's, h[t] = tanh(W x[t] + U h[t-1] + b).
+
+Shapes: T time, B batch, H width of the embedding, units: a layer's own width.
 """
 
 import itertools
@@ -13,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Body, Choice, Diagram, Masks, Space
+from lmnas.core.contracts import Body, Choice, Diagram, Masks, Space, State
 from lmnas.core.decisions import Decisions, OneOf
 from lmnas.core.genotype import Genotype
 from lmnas.nn.ops.dropout import draw_mask
@@ -56,11 +62,42 @@ class RecurrentLayers(Space):
 
     def diagram(self, genotype: Genotype) -> Diagram:
         cell, layers = genotype.choices["cell"].upper(), genotype.choices["layers"]
-        keys = ["x", *map(str, range(1, layers + 1)), "out"]
         labels = [f"{cell} {i}: {genotype.choices[f'units_{i}']}" for i in range(1, layers)] + [f"{cell} {layers}"]
-        ops = [(key, label, "op") for key, label in zip(keys[1:-1], labels, strict=True)]
-        nodes = (("x", "x[t]", "input"), *ops, ("out", "h[t]", "output"))
-        return Diagram(self.name, nodes, tuple((a, b, "") for a, b in itertools.pairwise(keys)))
+        return _chain(self.name, labels)
+
+
+class LSTM(Space):
+    """Decision: the number of layers."""
+
+    name = "lstm"
+    makes = RECURRENT
+    noun = "cell"
+    hand_made = "LSTM"
+
+    def __init__(self, *, max_layers: Annotated[int, Field(ge=1, le=8)] = 3):
+        """
+        Args:
+            max_layers: the largest number of layers that may be chosen.
+        """
+        self.decisions = Decisions([OneOf("layers", tuple(range(1, max_layers + 1)))])
+
+    @classmethod
+    def covering(cls, genotype: Genotype) -> "LSTM":
+        return cls(max_layers=8)
+
+    def build(self, genotype: Genotype, width: int) -> "LSTMBody":
+        self.check(genotype)
+        return LSTMBody(genotype.choices["layers"], width)
+
+    def diagram(self, genotype: Genotype) -> Diagram:
+        return _chain(self.name, [f"LSTM {i}" for i in range(1, genotype.choices["layers"] + 1)])
+
+
+def _chain(title: str, labels: list[str]) -> Diagram:
+    """Layers one after the other, numbered from 1."""
+    ops = [(str(i), label, "op") for i, label in enumerate(labels, start=1)]
+    nodes = (("x", "x[t]", "input"), *ops, ("out", "h[t]", "output"))
+    return Diagram(title, nodes, tuple((a, b, "") for (a, *_), (b, *_) in itertools.pairwise(nodes)))
 
 
 class LayersBody(Body):
@@ -72,9 +109,9 @@ class LayersBody(Body):
         self.layers = nn.ModuleList(CELLS[cell](a, b) for a, b in itertools.pairwise(sizes))
 
     def initialise(self, generator: torch.Generator, init_range: float) -> None:
-        """Uniform in ±1/sqrt(units), PyTorch's own, layer by layer."""
+        """Uniform in ±1/sqrt(units), PyTorch's own: at the cells' ±0.04 an LSTM would be a handicapped baseline."""
         for layer in self.layers:
-            bound = 1.0 / math.sqrt(layer.hidden_size)  # type: ignore[arg-type]
+            bound = 1.0 / math.sqrt(layer.get_parameter("weight_hh_l0").shape[1])
             for parameter in layer.parameters():
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
@@ -85,7 +122,7 @@ class LayersBody(Body):
         """Per layer (B, units): h, which was the layer's output."""
         return [part[0] for part in state]
 
-    def initial_state(self, batch_size: int) -> tuple[Tensor, ...]:
+    def initial_state(self, batch_size: int) -> State:
         like, layers = next(self.parameters()), list[Any](self.layers)
         parts = [(2 if isinstance(layer, nn.LSTM) else 1, layer.hidden_size) for layer in layers]
         return tuple(like.new_zeros(n, batch_size, size) for n, size in parts)
@@ -105,9 +142,7 @@ class LayersBody(Body):
                 masks[f"weight_{i}"] = draw_mask(shape, rates["weight"], generator, like)
         return masks
 
-    def forward(
-        self, inputs: Tensor, state: tuple[Tensor, ...], masks: Masks, choice: Choice = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, inputs: Tensor, state: State, masks: Masks, choice: Choice = None) -> tuple[Tensor, State]:
         outputs = inputs * masks["x"] if "x" in masks else inputs
         states = []
         for i, layer in enumerate(self.layers):
@@ -122,3 +157,17 @@ class LayersBody(Body):
             outputs, later = torch.func.functional_call(layer, weights, (outputs, given))
             states.append(torch.cat(later) if isinstance(later, tuple) else later)
         return outputs, tuple(states)
+
+
+class LSTMBody(LayersBody):
+    """LSTM layers of one width: (T, B, H) -> (T, B, H). State: per layer (h, c), stacked to (layers, 2, B, H)."""
+
+    def __init__(self, layers: int, width: int):
+        super().__init__("lstm", [width] * (layers - 1), width)
+
+    def initial_state(self, batch_size: int) -> State:
+        return torch.stack(super().initial_state(batch_size))
+
+    def forward(self, inputs: Tensor, state: State, masks: Masks, choice: Choice = None) -> tuple[Tensor, State]:
+        outputs, states = super().forward(inputs, tuple(state), masks)
+        return outputs, torch.stack(states)

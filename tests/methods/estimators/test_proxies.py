@@ -17,7 +17,7 @@ from lmnas.methods.proxies.recurrent import METRICS, measure
 from lmnas.nn.train import initialise
 from lmnas.nn.training.settings import Training
 from lmnas.spaces.recurrent.graph import RecurrentGraph
-from lmnas.spaces.recurrent.lstm import LSTM
+from lmnas.spaces.recurrent.layers import LSTM
 from lmnas.spaces.transformer.flexibert import FlexiBERT
 
 CPU = torch.device("cpu")

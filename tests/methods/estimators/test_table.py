@@ -18,7 +18,7 @@ from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
 from lmnas.methods.estimators.table import Table
 from lmnas.spaces.recurrent.graph import RecurrentGraph
-from lmnas.spaces.recurrent.lstm import LSTM
+from lmnas.spaces.recurrent.layers import LSTM
 
 CPU = torch.device("cpu")
 PUBLISHED = Path(os.environ.get("LMNAS_DATA", "data")) / "nas-bench-nlp"

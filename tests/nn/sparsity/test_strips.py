@@ -12,8 +12,7 @@ from lmnas.core.seeds import generator
 from lmnas.nn.sparsity.priors import Prior
 from lmnas.nn.sparsity.strips import Family, Layout, Piece, plain_layout
 from lmnas.nn.sparsity.training import layout
-from lmnas.spaces.recurrent.layers import LayersBody
-from lmnas.spaces.recurrent.lstm import LSTMBody
+from lmnas.spaces.recurrent.layers import LayersBody, LSTMBody
 from lmnas.tasks.language_modeling import LanguageModel, ModelSettings
 
 DOUBLE = torch.float64
