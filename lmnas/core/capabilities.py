@@ -18,7 +18,7 @@ WORDS = {
     "bidirectional": "an output may depend on every input; `lengths` (B,) tell padding apart",
     "stateful": "a state is carried from one segment of a text to the next",
     "graph": "genotypes are graphs of named nodes {op, input}: the space is a `GraphSpace`",
-    "transformer": "`layers`, each with an `operation`, a `projection` and a `feed_forward` stack",
+    "transformer": "layers (`Body.stacked`) have `operation`, `projection`, `feed_forward`; a `max_length`",
     "encoder-decoder": "reads a source and a target sequence",
     "sequence": "(T, B, H) -> (T, B, F)",
     "image": "(B, 3, S, S) -> (B, F)",

@@ -126,9 +126,11 @@ class Body(nn.Module, ABC):
         width: H, features of the inputs.
         n_features: F, features of the outputs; the width by default.
         batch_normed: a norm over the batch couples its sequences.
+        max_length: longest sequence that it reads; None: any.
     """
 
     batch_normed: bool = False
+    max_length: int | None = None
 
     def __init__(self, width: int, n_features: int | None = None):
         super().__init__()

@@ -25,7 +25,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.genotype import Genotype
@@ -36,6 +36,7 @@ from lmnas.methods.proxies.transformer import METRICS, TokenNetwork, measure
 from lmnas.nn.ops.embedding import TokenEmbedding
 from lmnas.report.plots import STYLE, save
 from lmnas.spaces.transformer.flexibert import (
+    Encoder,
     FlexiBERT,
     Layer,
     as_scored,
@@ -290,7 +291,7 @@ def batch(text: str, sequences: int, length: int) -> tuple[Tensor, dict[str, Any
     return tokens.view(sequences, length), {"name": corpus.name, "fingerprint": corpus.fingerprint}
 
 
-def _body(genotype: Genotype, which: str) -> nn.Module:
+def _body(genotype: Genotype, which: str) -> Encoder:
     return metric_body(genotype, WIDTH) if which == "scored" else trained_body(genotype, WIDTH)
 
 

@@ -1,4 +1,4 @@
-"""A quick predictor for recurrent graphs: what a small untrained network does, and how the graph is drawn.
+"""A quick predictor for recurrent graphs, from a small untrained network and from the graph itself.
 
 Three layers of width 64 read random numbers: no text is needed, and the answer depends on the graph alone. Measured
 are hidden covariance (Serianni & Kalita, 2023, arXiv 2306.00288), the memory of the output (how well a linear read-out
@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lmnas.core.contracts import GraphSpace
+from lmnas.core.contracts import Body, GraphSpace
 from lmnas.core.genotype import Genotype
 from lmnas.core.seeds import generator
 from lmnas.methods.proxies.family import Family, Subject, Values
@@ -48,7 +48,7 @@ OPERATIONS = (
 
 
 def memory(states: Tensor, inputs: Tensor, lags: Sequence[int]) -> list[float]:
-    """How well a linear read-out of the states recovers the inputs of k steps ago.
+    """R² of a linear read-out that recovers the inputs of k steps ago from the states.
 
     Args:
         states: (T, B, H), a layer's outputs.
@@ -78,11 +78,11 @@ def memory(states: Tensor, inputs: Tensor, lags: Sequence[int]) -> list[float]:
     return (1 - missed / whole).clamp(min=0.0).tolist()
 
 
-def dynamics(build: Callable[[int, tuple[int, ...]], nn.Module], seed: int = 0) -> dict[str, float]:
-    """What a small untrained body does with random inputs; NaN where something is undefined.
+def dynamics(build: Callable[[int, tuple[int, ...]], Body], seed: int = 0) -> dict[str, float]:
+    """Features of a small untrained body that reads random inputs; NaN where one is undefined.
 
     Args:
-        build: (width, widths of the layers) -> a recurrent body with `layers`.
+        build: (width, widths of the layers) -> a recurrent body of such layers.
 
     Returns:
         For layers 1 to 3 `hidden_covariance`, as -log10(-S); `memory_k`; `size`, the log of the mean square of the
@@ -90,17 +90,17 @@ def dynamics(build: Callable[[int, tuple[int, ...]], nn.Module], seed: int = 0) 
         `gradient_k`: log mean square of ∂(random projection of the last output) / ∂(input k steps before).
     """
     body = build(WIDTH, (WIDTH,) * LAYERS)
-    body.initialise(generator(seed, "predictor-init"), 0.1)  # type: ignore[operator]
+    body.initialise(generator(seed, "predictor-init"), 0.1)
     draws = generator(seed, "predictor-inputs")
     inputs = torch.empty(T, B, WIDTH).uniform_(-0.1, 0.1, generator=draws)
     projection, direction = torch.randn(WIDTH, 16, generator=draws), torch.randn(WIDTH, generator=draws)
     seen: list[Tensor] = []
     handles = [
         layer.register_forward_hook(lambda module, arguments, result: seen.append(result[0].detach()))
-        for layer in body.layers  # type: ignore[union-attr]
+        for layer in body.stacked()
     ]
     leaf = inputs.clone().requires_grad_()
-    outputs, _ = body(leaf, body.initial_state(B), {})  # type: ignore[operator]
+    outputs, _ = body(leaf, body.initial_state(B), {})
     (gradient,) = torch.autograd.grad((outputs[-1] @ direction).sum(), leaf)
     for handle in handles:
         handle.remove()
@@ -135,7 +135,7 @@ def _log_rank(rows: Tensor) -> float:
 
 
 def structure(recipe: Mapping[str, Any]) -> dict[str, float]:
-    """How a cell is drawn.
+    """Features of a cell's graph alone.
 
     Args:
         recipe: node -> {"op", "input"}.

@@ -13,9 +13,9 @@ a Hutchinson probe: E ‖∂(Σ r ⊙ y)‖² = ‖∂y‖², the whole Jacobian
 
 Departures: no dropout (the release leaves it on, at 0.1); eigenvalues as in `statistics`.
 
-A body tells its parts by names: `layers`, each with an `operation` (maps `query`, `key`, `value`, `weight`, `input`,
-`convolved`; `nn.Softmax`; `head_size`), `projection` (a map or None) and `feed_forward` (`nn.Linear`, activation
-modules). Inside, the batch comes first: (B, T, H).
+A body tells its parts by names: layers (`Body.stacked`), each with an `operation` (maps `query`, `key`, `value`,
+`weight`, `input`, `convolved`; `nn.Softmax`; `head_size`), `projection` (a map or None) and `feed_forward`
+(`nn.Linear`, activation modules). Inside, the batch comes first: (B, T, H).
 
 Shapes: B batch, T time, H hidden, N heads, D features of a head, E embedding width.
 """
@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lmnas.core.contracts import Body
 from lmnas.core.seeds import generator
 from lmnas.methods.proxies.family import Family, Subject, Values
 from lmnas.methods.proxies.statistics import Undefined, cosine_score, covariance_score
@@ -45,7 +46,7 @@ some files and 0.9 in others; which of the two is behind its table of FlexiBERT 
 class TokenNetwork(nn.Module):
     """Token embeddings and a Transformer body. (B, T) ids -> (B, T, F) features."""
 
-    def __init__(self, embedding: TokenEmbedding, body: nn.Module):
+    def __init__(self, embedding: TokenEmbedding, body: Body):
         super().__init__()
         self.embedding, self.body = embedding, body
 
@@ -55,18 +56,18 @@ class TokenNetwork(nn.Module):
         self.initialise_body(seed, init_range)
 
     def initialise_body(self, seed: int, init_range: float = 0.02) -> None:
-        self.body.initialise(generator(seed, "untrained-body"), init_range)  # type: ignore[operator]
+        self.body.initialise(generator(seed, "untrained-body"), init_range)
 
     def forward(self, tokens: Tensor) -> Tensor:
         embedded = self.embedding(tokens)
-        state = self.body.initial_state(len(tokens))  # type: ignore[operator]
+        state = self.body.initial_state(len(tokens))
         return self.body(embedded, state, {})[0].transpose(0, 1)
 
 
-def untrained(body: nn.Module, vocabulary: int, seed: int) -> TokenNetwork:
+def untrained(body: Body, vocabulary: int, seed: int) -> TokenNetwork:
     """A network around any Transformer body, embeddings as wide as it takes them, its weights drawn from `seed`."""
-    width, positions = int(body.width), int(body.max_length)  # type: ignore[arg-type]
-    made = TokenNetwork(TokenEmbedding(vocabulary, width, positions), body)
+    assert body.max_length is not None, "its positions need a longest sequence"
+    made = TokenNetwork(TokenEmbedding(vocabulary, body.width, body.max_length), body)
     made.initialise(seed)
     return made
 
@@ -226,8 +227,8 @@ def w_pca(network: nn.Module, vanilla_pca: Callable[[], float]) -> float:
 
 
 def _named_maps(layer: Any, names: Iterable[str]) -> list[nn.Linear]:
-    modules = [getattr(layer.operation, name, None) for name in names]
-    return [module for module in modules if isinstance(module, nn.Linear)]
+    parts = dict(layer.operation.named_children())
+    return [parts[name] for name in names if isinstance(parts.get(name), nn.Linear)]
 
 
 def _operation_maps(layer: Any) -> list[nn.Linear]:
@@ -349,7 +350,7 @@ def measure(network: TokenNetwork, tokens: Tensor, metrics: Iterable[str], seed:
 class _Measurement:
     def __init__(self, network: TokenNetwork, tokens: Tensor, chosen: Mapping[str, Metric], seed: int):
         self.network, self.tokens, self.chosen, self.seed = network, tokens, dict(chosen), seed
-        self.layers: list[Any] = list(network.body.layers)  # type: ignore[arg-type]
+        self.layers: list[Any] = list(network.body.stacked())
         self.contributions: dict[Any, list[float] | str] = {}
         self.attended: list[tuple[Tensor, int]] = []
         self.readouts = sorted({metric.readout for metric in self.chosen.values() if metric.readout})

@@ -240,7 +240,7 @@ class Encoder(Body):
     """(T, B, H) embeddings -> (T, B, F) features, F = `n_features`, the last layer's hidden size. It looks both ways.
 
     A linear map leads to the first layer where its size differs from the embeddings' `width`, and from layer to layer
-    where their sizes differ. Nothing is carried from segment to segment: the state is (B, 0).
+    where their sizes differ. Nothing is carried from segment to segment.
     """
 
     def __init__(
@@ -267,8 +267,8 @@ class Encoder(Body):
             else:
                 nn.init.normal_(parameter, 0.0, init_range, generator=generator)
 
-    def initial_state(self, batch_size: int) -> Tensor:
-        return next(self.parameters()).new_zeros(batch_size, 0)
+    def stacked(self) -> list[nn.Module]:
+        return list(self.layers)
 
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
         """`x` on the embeddings; `hidden` on what each operation and each feed-forward stack adds. (B, H) each."""
@@ -284,15 +284,15 @@ class Encoder(Body):
         return masks
 
     def forward(
-        self, inputs: Tensor, state: Tensor, masks: Masks, choice: Choice = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, inputs: Tensor, state: None, masks: Masks, choice: Choice = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, None]:
         """`lengths` (B,): how many positions of each sequence are real; features of the others mean nothing.
 
         Raises:
             UserError: longer than `max_length`.
         """
-        if inputs.shape[0] > self.max_length:
-            given, most = inputs.shape[0], self.max_length
+        given, most = inputs.shape[0], self.max_length
+        if most is not None and given > most:
             raise UserError(f"a sequence of {given} positions; this encoder takes {most} at most (space.max_length)")
 
         def mask(name: str) -> Tensor | float:
@@ -301,7 +301,7 @@ class Encoder(Body):
         x = inputs.transpose(0, 1) * mask("x")
         for i, (bridge, layer) in enumerate(zip(self.bridges, self.layers, strict=True)):
             x = layer(bridge(x), lengths, (mask(f"operation_{i}"), mask(f"feed_forward_{i}")))
-        return x.transpose(0, 1), state
+        return x.transpose(0, 1), None
 
 
 def metric_body(

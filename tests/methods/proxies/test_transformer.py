@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lmnas.core.contracts import Body
 from lmnas.core.seeds import generator
 from lmnas.methods.proxies.statistics import Undefined
 from lmnas.methods.proxies.transformer import (
@@ -290,7 +291,7 @@ def test_dimensions_of_known_spectra():
 # ------------------------------------------------------------------------------------------------- any encoder body
 
 
-class Other(nn.Module):
+class Other(Body):
     """A body of another make: torch's attention, ReLU, no softmax module, no output map of its own."""
 
     class Block(nn.Module):
@@ -306,17 +307,17 @@ class Other(nn.Module):
             return self.feed_forward(self.operation(x)) + x
 
     def __init__(self):
-        super().__init__()
+        super().__init__(E)
         self.layers = nn.ModuleList(self.Block() for _ in range(2))
 
     def initialise(self, draws, init_range):
         for parameter in self.parameters():
             nn.init.normal_(parameter, 0.0, init_range, generator=draws)
 
-    def initial_state(self, batch_size):
-        return None
+    def stacked(self):
+        return list(self.layers)
 
-    def forward(self, inputs, state, masks):
+    def forward(self, inputs, state, masks, choice=None):
         x = inputs.transpose(0, 1)
         for layer in self.layers:
             x = layer(x)

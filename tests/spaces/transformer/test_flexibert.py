@@ -247,7 +247,7 @@ def test_sequences_longer_than_the_relative_keys_reach_are_refused():
 
 
 def test_language_modelling_refuses_a_body_that_sees_the_next_word():
-    with pytest.raises(UserError, match="transformer bodies"):
+    with pytest.raises(UserError, match="makes bidirectional transformer sequence bodies"):
         load_recipe("quickstart", {"space": {"name": "flexibert"}})
 
 
