@@ -250,15 +250,15 @@ def check(recipe: Recipe) -> None:
         registry.component("executor", recipe.execution.executor)
     task = registry.component("task", recipe.task["name"])
     space = registry.component("space", recipe.space["name"])
-    for section, part in (("task", task), ("estimator", estimator)):
+    searching = recipe.genotype is None  # else strategy and estimator are asked for nothing
+    parts = [("task", task), *([("estimator", estimator), ("strategy", strategy)] if searching else [])]
+    for section, part in parts:
         name = getattr(recipe, section)["name"]
         refuse_unfit(f"{section} {name!r}", part.takes, recipe.space["name"], space.makes)
-    if recipe.genotype is None:  # a given one is trained, whatever the recipe would search with
-        refuse_unfit(f"strategy {recipe.strategy['name']!r}", strategy.takes, recipe.space["name"], space.makes)
-        if "mixture" in strategy.needs:
-            refuse_unrelaxed(space, f"strategy {recipe.strategy['name']!r}")
-        if "shared-weights" in estimator.provides:
-            refuse_unrelaxed(space, f"estimator {recipe.estimator['name']!r}")
+    if searching and "mixture" in strategy.needs:
+        refuse_unrelaxed(space, f"strategy {recipe.strategy['name']!r}")
+    if searching and "shared-weights" in estimator.provides:
+        refuse_unrelaxed(space, f"estimator {recipe.estimator['name']!r}")
     for where, training in trainings(recipe):
         training.model_settings(task, f"{where}.model")
         training.batch_settings(task, f"{where}.batches")

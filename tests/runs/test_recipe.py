@@ -144,3 +144,11 @@ def test_refusals_name_the_place(overrides, message):
     with pytest.raises(UserError) as refusal:
         load_recipe(tiny.recipe("pydoc"), overrides)
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_given_genotype_asks_nothing_of_strategy_and_estimator():
+    """The default estimator trains shared weights, which a space without a relaxation has not."""
+    document = tiny.recipe("pydoc", space={"name": "lstm"})
+    with pytest.raises(UserError, match="'shared' needs a space with a relaxation; space 'lstm' has none"):
+        load_recipe(document)
+    assert load_recipe({**document, "genotype": "lstm-1"}).genotype == "lstm-1"
