@@ -1,7 +1,10 @@
 """What the documents say works: their Python runs, their commands exist, their links lead somewhere."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,3 +118,27 @@ def test_the_same_job_from_python(place, capsys):
     assert len(lines) == 1 + len(found["run"].results["scores"])
     again = lmnas.search("quickstart", run="runs/mine", data="my.txt", overrides={"train.seeds": 1}, quiet=True)
     assert again.results["scores"] == found["run"].results["scores"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["file", "stdin"])
+def test_the_snippet_is_a_program_of_its_own_with_two_workers(way, place):
+    """Workers import nothing of it: it needs no guard, nor a file at all; and a full standard error is no matter."""
+    (snippet, _) = blocks(ROOT / "docs" / "python.md", "python")
+    recipe = (Path.cwd() / "recipes" / "quickstart.yaml").resolve()
+    program = snippet.replace('"quickstart"', repr(str(recipe))).replace('"train.seeds": 1', '"execution.workers": 2')
+    assert program != snippet
+    Path("program.py").write_text(program)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with open("program.py") as given, open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "program.py" if way == "file" else "-"],
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=full,
+            env={**os.environ, "PYTHONPATH": path},
+            text=True,
+            timeout=300,
+        )
+    sentence, score = done.stdout.splitlines()
+    assert done.returncode == 0 and sentence and 1 < float(score) < 100

@@ -258,7 +258,7 @@ def _score(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise UserError("--csv and --json: give one of them")
     document = score.run(options, note)
     say(options, document, score.csv_text(document) if options.csv else score.text(document))
-    return 0
+    return 130 if "interrupted" in document else 0
 
 
 def _compress(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -5,14 +5,11 @@ them so that higher is better.
 """
 
 import csv
+import functools
 import io
 import json
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +19,17 @@ from torch import Tensor
 from lmnas.core import registry
 from lmnas.core.capabilities import phrase
 from lmnas.core.contracts import Body, GraphSpace, Space
-from lmnas.core.errors import UserError
+from lmnas.core.errors import Interrupted, UserError
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.seeds import generator, rng
 from lmnas.core.text import columns
+from lmnas.core.updates import Report, never, silent
+from lmnas.core.updates import Stop as StopAsked
 from lmnas.methods.proxies.family import Subject, Values, families, family_of, listed, measured
 from lmnas.nn.kernels.library import exact_onednn_products, keep_freed_memory
 from lmnas.runs.build import covering_space
+from lmnas.runs.executors.base import Call, Setup, open_executor
+from lmnas.runs.progress import Display, Stop
 from lmnas.tasks.data.corpora import open_corpus
 
 COLUMNS, STEPS = 50, 70
@@ -116,50 +117,53 @@ def network(space: Space, genotype: Genotype, protocol: Protocol, vocabulary: in
 # ------------------------------------------------------------------------------------------------- many architectures
 
 
-_worker: dict[str, Any] = {}
+NO_TEXT = torch.empty(0, 0, dtype=torch.long), 0
+_text = functools.lru_cache(maxsize=1)(batch_of_text)
+"""One text serves all architectures that a process scores."""
 
 
-def _leave_with_parent() -> None:
-    """A worker of a killed process waits for work for ever: its siblings keep the queue open."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _start(protocol: Protocol, metrics: list[str], needs_text: bool) -> None:
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
+def score_one(
+    *, genotype: Any, protocol: Any, metrics: list[str], needs_text: bool, report: Report, stop: StopAsked
+) -> Values:
+    """What the `Call` of one architecture names."""
     keep_freed_memory()
-    text = batch_of_text(protocol.data, protocol.split) if needs_text else None
-    _worker.update(protocol=protocol, metrics=metrics, text=text)
-
-
-def _work(document: dict[str, Any]) -> Values:
-    genotype = Genotype.from_dict(document)
+    given = Protocol(**{**protocol, "inner": tuple(protocol["inner"])})
+    text = _text(given.data, given.split) if needs_text else NO_TEXT
+    architecture = Genotype.from_dict(genotype)
     with exact_onednn_products():
-        return score(covering_space(genotype), genotype, _worker["protocol"], _worker["text"], _worker["metrics"])
+        return score(covering_space(architecture), architecture, given, text, metrics)
 
 
-def score_all(genotypes: Sequence[Genotype], protocol: Protocol, metrics: list[str], workers: int) -> Iterator[Values]:
-    """The values of every genotype, in order, as they come; `workers` processes of one thread each."""
+def score_all(
+    genotypes: Sequence[Genotype],
+    protocol: Protocol,
+    metrics: list[str],
+    workers: int,
+    report: Report = silent,
+    stop: StopAsked = never,
+) -> Iterator[Values]:
+    """The values of every genotype, in order, as they come; `workers` processes of one thread each.
+
+    Raises:
+        Interrupted: `stop` said so.
+    """
     textless = {name for family in families() if not family.reads_text for name in family.metrics}
-    needs_text = not textless.issuperset(metrics)
-    documents = [genotype.to_dict() for genotype in genotypes]
-    if workers <= 1:
-        threads = torch.get_num_threads()
-        try:
-            _start(protocol, metrics, needs_text)
-            for document in documents:
-                yield _work(document)
-        finally:
-            torch.set_num_threads(threads)
-        return
-    if needs_text:
-        batch_of_text(protocol.data, protocol.split)  # a text that is missing is told here, not by a worker that dies
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (protocol, metrics, needs_text)) as pool:
-        yield from pool.map(_work, documents, chunksize=1)
+    shared = {"protocol": asdict(protocol), "metrics": metrics, "needs_text": not textless.issuperset(metrics)}
+    if shared["needs_text"]:
+        _text.cache_clear()  # the file may have changed; and one that is missing is told here, not by a worker
+        _text(protocol.data, protocol.split)
+    calls = [
+        Call(str(number), f"{__name__}:score_one", {"genotype": genotype.to_dict(), **shared})
+        for number, genotype in enumerate(genotypes)
+    ]
+    done: dict[str, Values] = {}
+    number = 0
+    with open_executor(None, workers, Setup(threads=1), report, stop) as executor:
+        for name, values in executor.run(calls):
+            done[name] = values
+            while str(number) in done:
+                yield done.pop(str(number))
+                number += 1
 
 
 # ----------------------------------------------------------------------------------------------------------- command
@@ -229,7 +233,7 @@ def one_table(genotypes: Sequence[Genotype]) -> Space:
 
 
 def run(options: Any, say: Callable[[str], None]) -> dict[str, Any]:
-    """The JSON document of `lmnas score`."""
+    """The JSON document of `lmnas score`; after a stop, with `interrupted` and the scores made so far."""
     if (options.source is None) == (options.sample is None):
         raise UserError("expected a genotype (or a .jsonl file of them) or --sample N --space NAME, one of the two")
     for option, value in (("--width", options.width), ("--workers", options.workers), ("--sample", options.sample)):
@@ -244,20 +248,18 @@ def run(options: Any, say: Callable[[str], None]) -> dict[str, Any]:
     space = one_table([genotype for _, genotype in named])  # all are checked before the first is measured
     metrics = check_metrics(options.metrics, [name for family in listed(space.makes) for name in family.shown], space)
     protocol = Protocol(options.data, "valid", options.width, (), options.seed)
-    rows = []
-    for (name, genotype), values in zip(
-        named, score_all([g for _, g in named], protocol, metrics, options.workers), strict=True
-    ):
-        rows.append(
-            {
-                "name": name,
-                "genotype_id": genotype.id,
-                "space": genotype.space,
-                "metrics": {key: None if isinstance(value, str) else value for key, value in values.items()},
-                "undefined": {key: value for key, value in values.items() if isinstance(value, str)},
-            }
+    rows: list[dict[str, Any]] = []
+    interrupted = {}
+    with Display() as display, Stop(display) as stop:
+        scored = score_all(
+            [g for _, g in named], protocol, metrics, options.workers, display.update, lambda: stop.asked
         )
-        say(f"[{len(rows)}/{len(named)}] {name}")
+        try:
+            for (name, genotype), values in zip(named, scored, strict=True):
+                rows.append(_row(name, genotype, values))
+                say(f"[{len(rows)}/{len(named)}] {name}")
+        except Interrupted:
+            interrupted = {"interrupted": True}
     return {
         "scores": rows,
         "metrics": metrics,
@@ -265,6 +267,18 @@ def run(options: Any, say: Callable[[str], None]) -> dict[str, Any]:
         "split": protocol.split,
         "width": options.width,
         "seed": options.seed,
+        **interrupted,
+    }
+
+
+def _row(name: str, genotype: Genotype, values: Values) -> dict[str, Any]:
+    return {
+        "name": name,
+        "genotype_id": genotype.id,
+        "space": genotype.space,
+        "metrics": {key: None if isinstance(value, str) else value for key, value in values.items()},
+        "undefined": {key: value for key, value in values.items() if isinstance(value, str)},
+        "genotype": genotype.to_dict(),
     }
 
 
@@ -284,10 +298,9 @@ def csv_text(document: Mapping[str, Any]) -> str:
     """One line an architecture; empty where a metric is undefined."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["name", "genotype_id", "space", *document["metrics"]])
+    writer.writerow(["name", "genotype_id", "space", *document["metrics"], "genotype"])
     for row in document["scores"]:
         values = (row["metrics"][name] for name in document["metrics"])
-        writer.writerow(
-            [row["name"], row["genotype_id"], row["space"], *("" if v is None else repr(v) for v in values)]
-        )
+        shown = ("" if value is None else repr(value) for value in values)
+        writer.writerow([row["name"], row["genotype_id"], row["space"], *shown, json.dumps(row["genotype"])])
     return file.getvalue().rstrip("\n")

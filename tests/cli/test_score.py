@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,22 @@ def test_workers_leave_with_a_killed_parent(text):
     parent.wait()
     parent.stderr.close()
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are looked up in /proc")
+def test_a_lost_worker_and_a_stop_lose_no_scores(text):
+    command = [sys.executable, "-m", "lmnas", "score", "--sample", "2000", "--space", "recurrent-graph", "--json"]
+    command += ["--data", str(text), "--width", "6", "--workers", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stderr is not None and "[1/2000]" in parent.stderr.readline()
+        os.kill(children(parent.pid)[0], signal.SIGKILL)
+        until(lambda: "a worker died" in parent.stderr.readline())
+        os.kill(parent.pid, signal.SIGINT)
+        out, _ = parent.communicate()
+    document = json.loads(out)
+    assert parent.returncode == 130 and document["interrupted"]
+    expected = [genotype.to_dict() for _, genotype in sampled("recurrent-graph", len(document["scores"]), 0)]
+    assert expected and [row["genotype"] for row in document["scores"]] == expected
 
 
 def children(pid):
