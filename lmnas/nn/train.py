@@ -49,8 +49,7 @@ def fit(
     Leaves `model.safetensors` in the job's directory, and `model` holding those weights.
 
     Returns:
-        {"value", "n_predictions", "epoch", "steps", "n_parameters", "tokens_per_second", "seconds"}: `value` is the
-        best score on the validation split; timings are this machine's.
+        `value`, `n_predictions`, `epoch` of the best validation; `steps`, `n_parameters`, `tokens_per_second`, `seconds`.
 
     Raises:
         Diverged: not finite again and again.
@@ -71,8 +70,7 @@ def fit(
 
     loop = Loop(job, weights, training.checkpoint_steps, state, restore)
     loop.start()
-    over = weights.over()
-    while not (over and validated.best):
+    while not (weights.over() and validated.best):
         try:
             began = job.seconds
             batch = weights.draw()
@@ -80,15 +78,12 @@ def fit(
             validated.update_average()
             train_seconds += job.seconds - began
             n_targets += batch.n_targets
-            over = weights.over()
-            due = over or weights.due()
-            if due:
+            if due := weights.due() or weights.over():
                 score = task.evaluate(validated.current, "valid", batches)
                 if not math.isfinite(score.value):
                     raise NotFinite("validation score is not finite")
         except NotFinite as problem:
             loop.recover(problem)
-            over = False
             continue
         if due:
             epoch = weights.epoch + 1

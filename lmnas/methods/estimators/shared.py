@@ -84,13 +84,10 @@ class Shared(Estimator):
         self.model = initialise(task.model(supernet, settings), seed).to(device)
 
     def prepare(self, strategy: Strategy, job: Job) -> None:
-        """Train the supernet: per step the strategy learns (if by gradient), then the weights of its choice move, or
-        both from one pass (if it is `joint`); after each pass the strategy's proposals are rewarded (if by
-        reinforcement), with the weights frozen."""
+        """Train the supernet: per step the strategy learns (if by gradient) and the weights of its choice move; after
+        each pass its proposals are rewarded (if by reinforcement), with the weights frozen."""
         assert isinstance(strategy, SharingStrategy)
-        weights = WeightTraining(
-            self.model, self.task, self.training, self.seed, self.device, clock=lambda: job.seconds
-        )
+        weights = WeightTraining(self.model, self.task, self.training, self.seed, self.device, lambda: job.seconds)
         # one cursor over validation text for architecture steps, one for rewards
         valid_stream = self.task.stream("valid", self.valid_batches, self.seed)
         reward_stream = self.task.stream("valid", self.valid_batches, self.seed + 1)
@@ -125,8 +122,7 @@ class Shared(Estimator):
                     loop.loss.add(self._step(strategy, weights, valid_stream))
                     skipped = 0
                 except NotFinite as problem:
-                    # one sampled path that explodes is no reason to go back: its batch made no update and is left out;
-                    # a mixture is all paths at once
+                    # one sampled path that explodes: its batch is left out; a mixture is all paths at once
                     skipped += 1
                     if "mixture" in strategy.needs or skipped > MAX_SKIPPED:
                         loop.recover(problem)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lmnas.core.contracts import Batch, Model, SoftmaxModel, State, Task
 from lmnas.core.errors import Emptied, NotFinite, UserError
@@ -135,6 +135,97 @@ def break_even(strips: Layout, weights: Weights, curvature: Weights) -> float:
     return low
 
 
+class Pruning:
+    """A model that loses units: the strength, the penalty weights, the strips alive, and the record of rounds.
+
+    Its `state_dict` and the keys of the result are those names.
+    """
+
+    def __init__(self, model: Model, task: Task, training: Training, sparsity: Sparsity, weights: WeightTraining):
+        self.strips = layout(model)
+        assert isinstance(model, SoftmaxModel)
+        self.model, self.task, self.training, self.sparsity, self.weights = model, task, training, sparsity, weights
+        self.parameters = dict(model.named_parameters())
+        self.strength, self.omega = sparsity.strength, self.strips.full(0.0)
+        self.alive = {name: torch.ones_like(value, dtype=torch.bool) for name, value in self.omega.items()}
+        self.begin: dict[str, Any] = {}
+        self.rounds: list[dict[str, Any]] = []
+        self.before: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "strength": self.strength,
+            "omega": self.omega,
+            "alive": self.alive,
+            "begin": self.begin,
+            "rounds": self.rounds,
+            "before": self.before,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.strength, self.omega, self.alive = saved["strength"], saved["omega"], saved["alive"]
+        self.begin, self.rounds, self.before = saved["begin"], list(saved["rounds"]), saved["before"]
+
+    def prepare(self) -> None:
+        """Score the model as given, and measure where it stands."""
+        for split in ("valid", "test"):
+            score = self.task.evaluate(self.model, split, self.training.batch_settings(self.task))
+            self.before[split] = {"value": score.value, "n_predictions": score.n_predictions}
+        self.begin, _ = self.measure(0)
+
+    def measure(self, index: int) -> tuple[dict[str, Any], PerFamily]:
+        """Penalty weights from the curvature here; what is told of it, and the evidence that every strip adds."""
+        strips, seed = self.strips, self.weights.seed
+        data = upcoming(self.weights, self.task, self.training, self.sparsity.curvature_batches, index)
+        if self.sparsity.curvature == "recursion":
+            curvature = recursion_weights(self.model, data)
+        else:
+            curvature = sampled_weights(self.model, data, seed, index)
+        told: dict[str, Any] = {}
+        if index == 0:
+            told = {"break_even": break_even(strips, self.parameters, curvature)}
+            self.strength = self.strength or told["break_even"]
+            if not self.strength:
+                raise Emptied("the loss has no curvature where this model stands: it must be trained before")
+        assert self.strength is not None
+        h = {name: curvature[name] / self.strength for name in strips.by_weight}
+        s = strips.update(self.parameters, h, strips.full(1.0))
+        self.omega = strips.omega(h, s)
+        gain = strips.gain(self.parameters, h, s)
+        return {**told, "gamma": _listed(s), "gain": _listed(gain)}, gain
+
+    def shrink(self, thresholds: PerFamily) -> None:
+        """Proximal step: strips lose so much of their norm, the dead ones all of it."""
+        dead = {name: each.masked_fill(~self.alive[name], math.inf) for name, each in thresholds.items()}
+        self.strips.shrink(self.parameters, dead)
+
+    def penalise(self) -> None:
+        """The penalty's proximal step after an update of the weights."""
+        assert self.strength is not None
+        rate = self.weights.step_size * self.strength
+        self.shrink({name: rate * each for name, each in self.omega.items()})
+
+    def prune(self, gain: PerFamily) -> None:
+        """Strips that are zero or tiny die, and those that evidence is against, the worst first."""
+        alive, sparsity = self.alive, self.sparsity
+        for name, norm in self.strips.norms(self.parameters).items():
+            alive[name] = alive[name] & (norm > sparsity.threshold * norm.max())
+            against = (alive[name] & (gain[name] <= 0)).nonzero()[:, 0]
+            if len(against) == alive[name].sum():
+                half = self.begin["break_even"]
+                raise Emptied(
+                    f"strength {self.strength:g}: no unit of family {name!r} is left; half of all were to go at "
+                    f"{half:.1e} when it began, try --strength {half / 2:.1e}"
+                )
+            if sparsity.dynamic:
+                against = against[gain[name][against].argsort()][: math.ceil(sparsity.share * alive[name].sum().item())]
+            alive[name][against] = False
+        self.shrink(self.strips.full(0.0))
+
+    def text(self) -> str:
+        return f"units {'/'.join(map(str, self.rounds[-1]['units'].values()))}" if self.rounds else "first round"
+
+
 def sparsify(
     model: Model, task: Task, training: Training, sparsity: Sparsity, seed: int, job: Job, device: torch.device
 ) -> dict[str, Any]:
@@ -149,123 +240,45 @@ def sparsify(
     """
     length = Length(sparsity.rounds * sparsity.round_epochs)
     training = replace(training, optimizer=training.optimizer.plain_sgd(), evaluate_steps=None).lasting(length)
-    batches = training.batch_settings(task)
-    strips = layout(model)
-    assert isinstance(model, SoftmaxModel)
     weights = WeightTraining(model, task, training, seed, device)
-    parameters = dict(model.named_parameters())
-    strength, omega = sparsity.strength, strips.full(0.0)
-    alive = {name: torch.ones_like(value, dtype=torch.bool) for name, value in omega.items()}
-    begin, rounds, before = dict[str, Any](), list[dict[str, Any]](), dict[str, Any]()
-
-    def state() -> dict[str, Any]:
-        return {
-            "strength": strength,
-            "omega": omega,
-            "alive": alive,
-            "begin": begin,
-            "rounds": rounds,
-            "before": before,
-        }
-
-    def restore(saved: dict[str, Any]) -> None:
-        nonlocal strength, omega, alive, begin, rounds, before
-        strength, omega, alive = saved["strength"], saved["omega"], saved["alive"]
-        begin, rounds, before = saved["begin"], list(saved["rounds"]), saved["before"]
-
-    def measure(index: int) -> tuple[dict[str, Any], PerFamily]:
-        """Penalty weights from the curvature here; what is told of it, and the evidence that every strip adds."""
-        nonlocal strength, omega
-        data = upcoming(weights, task, training, sparsity.curvature_batches, index)
-        if sparsity.curvature == "recursion":
-            curvature = recursion_weights(model, data)
-        else:
-            curvature = sampled_weights(model, data, seed, index)
-        told: dict[str, Any] = {}
-        if index == 0:
-            told = {"break_even": break_even(strips, parameters, curvature)}
-            strength = strength or told["break_even"]
-            if not strength:
-                raise Emptied("the loss has no curvature where this model stands: it must be trained before")
-        assert strength is not None
-        h = {name: curvature[name] / strength for name in strips.by_weight}
-        s = strips.update(parameters, h, strips.full(1.0))
-        omega = strips.omega(h, s)
-        gain = strips.gain(parameters, h, s)
-        return {**told, "gamma": _listed(s), "gain": _listed(gain)}, gain
-
-    def prune(gain: PerFamily) -> None:
-        """Strips that are zero or tiny die, and those that evidence is against, the worst first."""
-        norms = strips.norms(parameters)
-        for name, norm in norms.items():
-            alive[name] = alive[name] & (norm > sparsity.threshold * norm.max())
-            against = (alive[name] & (gain[name] <= 0)).nonzero()[:, 0]
-            if len(against) == alive[name].sum():
-                raise Emptied(
-                    f"strength {strength:g}: no unit of family {name!r} is left; half of all were to go at "
-                    f"{begin['break_even']:.1e} when it began, try --strength {begin['break_even'] / 2:.1e}"
-                )
-            if sparsity.dynamic:
-                against = against[gain[name][against].argsort()][: math.ceil(sparsity.share * alive[name].sum().item())]
-            alive[name][against] = False
-        strips.shrink(parameters, _thresholds(strips.full(0.0), alive))
-
-    def prepare() -> None:
-        nonlocal begin
-        for split in ("valid", "test"):
-            score = task.evaluate(model, split, batches)
-            before[split] = {"value": score.value, "n_predictions": score.n_predictions}
-        begin, _ = measure(0)
-
-    loop = Loop(job, weights, training.checkpoint_steps, state, restore)
-    loop.start(prepare)
+    pruning = Pruning(model, task, training, sparsity, weights)
+    loop = Loop(job, weights, training.checkpoint_steps, pruning.state_dict, pruning.load_state_dict)
+    loop.start(pruning.prepare)
     while not weights.over():
         try:
-            batch = weights.draw()
-            loop.loss.add(weights.update(batch))
-            assert strength is not None
-            rate = weights.step_size * strength
-            strips.shrink(parameters, _thresholds({name: rate * each for name, each in omega.items()}, alive))
+            loop.loss.add(weights.update(weights.draw()))
+            pruning.penalise()
             ended = weights.due()
             full = ended and weights.stream.epoch % sparsity.round_epochs == 0
             if full:
-                measured, gain = measure(len(rounds) + 1)
+                measured, gain = pruning.measure(len(pruning.rounds) + 1)
                 if sparsity.dynamic or weights.over():
-                    prune(gain)
+                    pruning.prune(gain)
             if ended:
-                score = task.evaluate(model, "valid", batches)
+                score = task.evaluate(model, "valid", training.batch_settings(task))
                 if not math.isfinite(score.value):
                     raise NotFinite("validation score is not finite")
         except NotFinite as problem:
             loop.recover(problem)
             continue
         if ended:
-            told = {
-                "train_loss": loop.loss.value(),
-                "valid": score.value,
-                "units": {name: int(living.sum()) for name, living in alive.items()},
-            }
-            loop.end_epoch(weights.epoch + 1, **{name: told[name] for name in ("valid", "units")})
+            told = {"valid": score.value, "units": {name: int(living.sum()) for name, living in pruning.alive.items()}}
+            record = {"round": len(pruning.rounds) + 1, "train_loss": loop.loss.value(), **told}
+            loop.end_epoch(weights.epoch + 1, **told)
             if full:
-                norms = _listed(strips.norms(parameters))
-                rounds.append({"round": len(rounds) + 1, **told, **measured, "norms": norms})
-        text = f"units {'/'.join(map(str, rounds[-1]['units'].values()))}" if rounds else "first round"
-        loop.end_step(ended, weights.steps, text)
+                norms = _listed(pruning.strips.norms(pruning.parameters))
+                pruning.rounds.append({**record, **measured, "norms": norms})
+        loop.end_step(ended, weights.steps, pruning.text())
 
-    kept = {name: living.nonzero()[:, 0].tolist() for name, living in alive.items()}
+    kept = {name: living.nonzero()[:, 0].tolist() for name, living in pruning.alive.items()}
     return {
-        "strength": strength,
-        "begin": begin,
+        "strength": pruning.strength,
+        "begin": pruning.begin,
         "kept": kept,
-        "rounds": rounds,
-        "before": before,
+        "rounds": pruning.rounds,
+        "before": pruning.before,
         "steps": weights.steps,
     }
-
-
-def _thresholds(thresholds: PerFamily, alive: dict[str, Tensor]) -> PerFamily:
-    """Infinite where a strip is dead."""
-    return {name: each.masked_fill(~alive[name], math.inf) for name, each in thresholds.items()}
 
 
 def _listed(each: PerFamily) -> dict[str, list[float]]:

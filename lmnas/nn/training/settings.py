@@ -134,14 +134,15 @@ class Optimizer:
 
     def _refuse_foreign(self, setting: str, kind: str) -> None:
         """Refuse what differs from its default and belongs to other optimisers or schedules alone."""
-        chosen = registry.component(kind, getattr(self, setting))
+        values = vars(self)
+        chosen = registry.component(kind, values[setting])
         owners: dict[str, list[str]] = {}
         for name in registry.names(kind):
             for used in registry.component(kind, name).uses:
                 owners.setdefault(used, []).append(repr(name))
         for each in dataclasses.fields(self):
             foreign = each.name in owners and each.name not in chosen.uses | chosen.tolerated
-            if foreign and getattr(self, each.name) != each.default:
+            if foreign and values[each.name] != each.default:
                 raise ValueError(f"{each.name} is of {setting} {' or '.join(owners[each.name])}, which is not set")
 
     def plain_sgd(self) -> "Optimizer":

@@ -57,6 +57,8 @@ class WeightTraining:
         """Of the batch in hand, from 1."""
         self.targets = 0
         """Predictions of all batches drawn."""
+        self.seconds = 0.0
+        """Of the clock after the last update: read once, so that all who ask see the same."""
         self.progress = 0.0
         """Share of the training that was done before the batch in hand: of its epochs, those that are over."""
         self.step_size = 0.0
@@ -66,8 +68,8 @@ class WeightTraining:
 
     def spent(self) -> float:
         """What is spent of the training's length, in its unit, once the batch in hand is done."""
-        spent = {"epochs": self.stream.epoch, "steps": self.number, "tokens": self.targets}
-        return self.clock() if self.length.unit == "seconds" else spent[self.length.unit]
+        spent = {"epochs": self.stream.epoch, "steps": self.number, "tokens": self.targets, "seconds": self.seconds}
+        return spent[self.length.unit]
 
     def over(self) -> bool:
         """The training's length is spent."""
@@ -144,8 +146,12 @@ class WeightTraining:
         self.step_size = rate * min(1.0, (self.settings.clip or math.inf) / (norm_value + 1e-6))
         self.optimizer.step()
         self.stream.keep(loss.state)
-        self.steps += 1
+        self._count()
         return value
+
+    def _count(self) -> None:
+        self.steps += 1
+        self.seconds = self.clock()
 
     def velocity(self) -> dict[str, Tensor]:
         """Momentum times the momentum buffer of each weight, by name; empty without momentum."""
@@ -157,7 +163,7 @@ class WeightTraining:
     def skip(self) -> None:
         """Leave the drawn batch out; the next one starts from the initial state."""
         self.stream.keep(None)
-        self.steps += 1
+        self._count()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -175,4 +181,5 @@ class WeightTraining:
         self.stream.load_state_dict(to_device(state["stream"], self.device))
         self.steps = self.number = state["steps"]
         self.targets = state.get("targets", 0)  # version 0.1.0 counted none
+        self.seconds = self.clock()
         self.salt = state["salt"]
