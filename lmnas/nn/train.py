@@ -49,7 +49,8 @@ def fit(
     Leaves `model.safetensors` in the job's directory, and `model` holding those weights.
 
     Returns:
-        `value`, `n_predictions`, `epoch` of the best validation; `steps`, `n_parameters`, `tokens_per_second`, `seconds`.
+        `value`, `n_predictions`, `epoch` of the best validation; `steps`, `n_parameters`; `tokens_per_second` and
+        `seconds`, of this machine.
 
     Raises:
         Diverged: not finite again and again.
