@@ -265,13 +265,12 @@ class Space(ABC):
 
 
 class Relaxed(Space):
-    """A space whose architectures share the weights of one supernet, which also runs mixtures of them.
+    """A space whose architectures share the weights of one supernet, which also runs mixtures of them."""
 
-    Attributes:
-        no_switches: reason why weights of a mixture cannot be read as switches (a norm undoes scale); None: they can.
-    """
-
-    no_switches: str | None = None
+    @property
+    def no_switches(self) -> str | None:
+        """Reason why weights of a mixture cannot be read as switches (a norm undoes their scale); None: they can."""
+        return None
 
     @abstractmethod
     def supernet(self, width: int) -> Supernet:
@@ -365,7 +364,7 @@ class Strategy(ABC):
     needs: frozenset[str] = frozenset()
     """Capabilities it needs of the estimator: `shared-weights`, `mixture`."""
     takes: frozenset[str] = frozenset()
-    """What a body must be able to do, in words of `lmnas.core.capabilities`."""
+    """Capabilities that it needs of a body, in words of `lmnas.core.capabilities`."""
 
     @abstractmethod
     def ask(self, n: int) -> list[Proposal]:
@@ -420,7 +419,7 @@ class Estimator(ABC):
     """
 
     takes: frozenset[str] = frozenset()
-    """What a body must be able to do, in words of `lmnas.core.capabilities`."""
+    """Capabilities that it needs of a body, in words of `lmnas.core.capabilities`."""
     provides: frozenset[str] = frozenset()
     """Capabilities it offers a strategy."""
     is_proxy: bool = False
@@ -577,7 +576,7 @@ class Task(ABC):
 
     name: str
     takes: frozenset[str]
-    """What a body must be able to do, in words of `lmnas.core.capabilities`."""
+    """Capabilities that it needs of a body, in words of `lmnas.core.capabilities`."""
     kernels: frozenset[str]
     """Fast kernels that the task's own code can run on."""
     objective: Objective

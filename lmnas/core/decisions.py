@@ -91,7 +91,7 @@ class Decision(ABC):
 
     @abstractmethod
     def check(self, value: Any) -> str | None:
-        """What is wrong with `value`; None if nothing is."""
+        """Fault of `value`, in words; None: it has none."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class OneOf(Decision):
         return parameters[self.name]
 
     def check(self, value: Any) -> str | None:
-        """What is wrong with `value`, or None. `True` is not 1 here, although Python says so."""
+        """As any decision's. `True` is not 1 here, although Python says so."""
         if any(option == value and type(option) is type(value) for option in self.options):
             return None
         return f"{value!r} is not one of {', '.join(map(str, self.options))}. " + nearest(value, map(str, self.options))
@@ -249,7 +249,7 @@ class Decisions:
 
     @staticmethod
     def is_active(decision: Decision, choices: Mapping[str, Any]) -> bool:
-        """Whether `decision` is asked at all, given the choices made before it."""
+        """True if `decision` is asked at all, given the choices made before it."""
         return decision.when is None or choices.get(decision.when[0]) in decision.when[1]
 
     def sample(self, rng: random.Random, fixed: Mapping[str, Any] | None = None) -> Choices:

@@ -139,7 +139,11 @@ def component(kind: str, name: object) -> Any:
             raise
         raise UserError(f"{kind} {name!r}: {module}:{attribute} cannot be imported ({error})") from error
     if kind in WORDS_OF:
-        check_words(getattr(found, WORDS_OF[kind]), f"{kind} {name!r}")
+        attribute = WORDS_OF[kind]
+        words = getattr(found, attribute, None)  # of another package, maybe of no class of ours
+        if words is None:
+            raise UserError(f"{kind} {name!r}: {COMPONENTS[kind][name]} states no {attribute!r}")
+        check_words(words, f"{kind} {name!r}")
     return found
 
 

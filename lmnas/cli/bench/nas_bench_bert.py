@@ -110,7 +110,7 @@ TABULAR: Mapping[str, Callable[[Genotype], float]] = {
     "mean_feed_forward_layers": lambda g: TABULAR["feed_forward_layers"](g) / g.choices["layers"],
     "stacked_width": lambda g: float(sum(sum(layer.feed_forward[1:]) for layer in as_trained(layers_of(g)))),
 }
-"""What the configuration alone says, without any network: the four cells depth x hidden size in order; parameters with
+"""Scores of the configuration alone, without any network: the four cells depth x hidden size in order; parameters with
 the sizes as configured, and with the first feed-forward layer 4 · hidden wide as the released training code has it;
 and our own counts of feed-forward layers, of those per layer, and of the units that are stacked upon the first."""
 NAMES = (*METRICS, *TABULAR)

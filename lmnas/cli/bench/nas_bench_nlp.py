@@ -1,4 +1,4 @@
-"""How well training-free scores rank the recurrent cells of NAS-Bench-NLP.
+"""Rank correlation of training-free scores with the losses of NAS-Bench-NLP's recurrent cells.
 
 Klyuchnikov et al., 2020, arXiv 2006.07116; protocol of Serianni & Kalita, 2023, arXiv 2306.00288: the three-layer
 network (600, 600, 400), untrained, in evaluation mode, reads the first 70 steps of 50 columns of the Penn Treebank test
@@ -48,7 +48,7 @@ DEFAULT = (
     "prior",
     "predictor",
 )
-"""What one forward pass gives; the gradients of the others take ten times as long."""
+"""Metrics of one forward pass; the gradients of the others take ten times as long."""
 PUBLISHED = {
     "hidden_covariance_1": 0.372,
     "hidden_covariance_2": 0.314,

@@ -60,7 +60,7 @@ class _Deep(Exception):
 
 
 class Signals:
-    """What an untrained body does with one minibatch. Each pass is made once, when a metric first asks for it.
+    """Passes of one minibatch through an untrained body, each made once, when a metric first asks for it.
 
     Args:
         body: recurrent, initialised; (T, B, H) -> (T, B, H).

@@ -1,4 +1,4 @@
-"""What training-free metrics share: two scores of a matrix's rows, and rank correlation with a bootstrap by group.
+"""Statistics of training-free metrics: two scores of a matrix's rows, and rank correlation with a bootstrap by group.
 
 Serianni & Kalita, "Training-free Neural Architecture Search for RNNs and Transformers", ACL 2023, arXiv 2306.00288,
 checked against the authors' released values. Departures: the eigenvalues come from a symmetric solver in float64 and
@@ -51,7 +51,7 @@ def correlation(rows: Tensor) -> Tensor:
 
 
 def covariance_score(rows: Tensor) -> float:
-    """How uncorrelated the rows are: S = -Σ_i [ln(λ_i + k) + 1 / (λ_i + k)], λ the eigenvalues of their correlation.
+    """Score of uncorrelated rows: S = -Σ_i [ln(λ_i + k) + 1 / (λ_i + k)], λ the eigenvalues of their correlation.
 
     Args:
         rows: (N, M), the N objects compared by M samples.
@@ -69,7 +69,7 @@ def covariance_score(rows: Tensor) -> float:
 
 
 def cosine_score(rows: Tensor) -> float:
-    """How far the rows are from parallel: 1 - 1 / (B² - B) · ½ Σ_ij |C_ij|^(1/20), C their cosines, diagonal zero.
+    """Score of rows that are not parallel: 1 - 1 / (B² - B) · ½ Σ_ij |C_ij|^(1/20), C their cosines, diagonal zero.
 
     Args:
         rows: (B, M), one row a sample.

@@ -105,7 +105,7 @@ def head_softmax_confidence(weights: Tensor) -> list[float]:
 
 
 def activation_distance(output: Tensor) -> float:
-    """How often the codes 1[out > 0] of two positions agree, over all pairs of the first sequence's positions.
+    """Number of agreements between the codes 1[out > 0] of two positions, over all pairs in the first sequence.
 
     The sum of all entries of X Xᵀ + (1 - X)(1 - X)ᵀ. A feature that is on at c of T positions adds c² + (T - c)².
 
@@ -264,7 +264,7 @@ Source = Literal["outputs", "matrices", "heads", "positions", "network"]
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is computed.
+    """A metric's computation.
 
     Attributes:
         source: what `function` takes: `outputs` of the modules at `site` (of a PCA, inputs and weight); weight and

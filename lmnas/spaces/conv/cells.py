@@ -61,7 +61,7 @@ def node_name(kind: str, node: int) -> str:
 
 
 class _ConvCells(Relaxed):
-    """What both spaces do alike. Nodes 0 and 1 are a cell's inputs, chosen ones count from 2."""
+    """Base of both spaces. Nodes 0 and 1 are a cell's inputs, chosen ones count from 2."""
 
     makes = frozenset({"image"})
     noun = "cell"
@@ -87,7 +87,7 @@ class _ConvCells(Relaxed):
 
     @abstractmethod
     def _node_decisions(self, kind: str, node: int, prefix: str) -> tuple[Decision, ...]:
-        """What is decided for one node."""
+        """Decisions of one node."""
 
     @abstractmethod
     def _node(self, choices: Any, prefix: str) -> tuple[tuple[int, str], ...]:
@@ -95,7 +95,7 @@ class _ConvCells(Relaxed):
 
     @abstractmethod
     def _node_choices(self, prefix: str, pairs: list[tuple[int, str]]) -> dict[str, Any]:
-        """What `_node` reads back as `pairs`, whose earlier nodes are in order."""
+        """Choices that `_node` reads back as `pairs`, whose earlier nodes are in order."""
 
     @abstractmethod
     def _layout(self, cells: int) -> Layout:

@@ -344,7 +344,8 @@ class MacroSupernet(MacroNetwork, Supernet):
         for number, step in enumerate(space.program(genotype), start=1):
             if number > 1:
                 name = f"layers.{number - 1}.join.conv.weight"
-                layer: Layer = self.layers[number - 1]  # type: ignore[assignment]
+                layer = self.layers[number - 1]
+                assert isinstance(layer, Layer)
                 columns = layer.columns(step.sources)
                 state[name] = own[name][:, columns.to(own[name].device)].clone()
         return state

@@ -1,4 +1,4 @@
-"""Networks of convolutional cells: what the spaces `darts-conv` and `enas-micro` have in common.
+"""Networks of convolutional cells, of the spaces `darts-conv` and `enas-micro`.
 
     images -> stem (3x3 convolution, batch norm) -> cells -> mean over pixels
 
@@ -127,7 +127,7 @@ class Norms:
 
 
 class CellSpace(Protocol):
-    """What a supernet asks of its space."""
+    """Members of a space that its supernet reads."""
 
     n_nodes: int
     operations: tuple[str, ...]
@@ -207,6 +207,7 @@ class Cell(nn.Module):
         )
 
     def forward(self, first: State, second: State, mask: Tensor | None, choice: None) -> State:
+        """Outputs of the last two cells -> (B, outputs · C, S, S); `mask` (N, 2, B, 1, 1, 1) of drop-path."""
         states = self.inputs(first, second, self.program.reads)
         operations = iter(self.ops)
         nodes = [[(source, next(operations)) for source, _ in node] for node in self.program.nodes]
@@ -265,7 +266,7 @@ class Network(ImageBody):
         return _spread(pooled, columns, self.n_features), _spread(*auxiliary, self.auxiliary_channels)
 
     def _by_kind(self, choice: Choice) -> Mapping[str, Any]:
-        """What the cells of each kind run; `choice` is ignored: a stand-alone network can do one thing."""
+        """Choice of the cells, by kind; `choice` is ignored: a stand-alone network can do one thing."""
         return dict.fromkeys(KINDS)
 
 

@@ -67,6 +67,7 @@ class BasicBlock(nn.Module):
         self.norm_2 = nn.BatchNorm2d(n_out)
 
     def forward(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, n_in, S, S) -> (B, n_out, S / stride, S / stride); `mask` (B, 1, 1, 1) on the branch."""
         branch = self.norm_2(self.conv_2(F.relu(self.norm_1(self.conv_1(inputs)))))
         if mask is not None:
             branch = branch * mask

@@ -116,7 +116,7 @@ class RecurrentCell(Relaxed):
         return cls(n_nodes=max(n_nodes, 1), input_activation="searched", output=output)
 
     @property
-    def no_switches(self) -> str | None:  # type: ignore[override]
+    def no_switches(self) -> str | None:
         if self.batch_norm != "none":
             return (
                 f"space.batch_norm {self.batch_norm!r}: expected 'none', as a norm after a node undoes any scale of "
@@ -140,7 +140,7 @@ class RecurrentCell(Relaxed):
             outputs = tuple(i for i in range(self.n_nodes + 1) if i not in inputs)
         return Program(ops, inputs, outputs)
 
-    def build(self, genotype: Genotype, width: int) -> "Cell":
+    def build(self, genotype: Genotype, width: int) -> Body:
         """The stand-alone cell, without batch norm."""
         self.check(genotype)
         return Cell(self.program(genotype), width)

@@ -45,7 +45,7 @@ NEAREST = 10
 
 
 def _edge_counts(recipe: Mapping[str, Any]) -> Counter[tuple[str, str]]:
-    """How often a node of one operation (or an input of the cell) is read by one of another."""
+    """Number of edges from nodes of one operation (or an input of the cell) to nodes of another."""
     ops = {name: node["op"] for name, node in recipe.items()}
     return Counter((ops.get(source, source), node["op"]) for node in recipe.values() for source in node["input"])
 

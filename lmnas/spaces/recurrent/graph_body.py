@@ -57,6 +57,15 @@ class GraphLayer(nn.Module):
     def forward(
         self, inputs: Tensor, state: Tensor, masks: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            inputs: (T, B, in).
+            state: (n, B, H).
+            masks: by source, on its matrices, (k H, H) for its k readers.
+
+        Returns:
+            (T, B, H) outputs, which are state 0 of each step, and the last state.
+        """
         masks = masks or {}
         weights = {s: weight * masks[s] if s in masks else weight for s, weight in self.weights.items()}
         biases = dict(zip(self.linears, self.biases, strict=True))
@@ -85,7 +94,7 @@ class GraphLayer(nn.Module):
 
 
 def apply(op: str, inputs: Sequence[Tensor]) -> Tensor:
-    """An operation without weights."""
+    """An operation without weights: of one to three (B, H), (B, H)."""
     a = inputs[0]
     if op == "blend":
         return a * inputs[1] + (1 - a) * inputs[2]

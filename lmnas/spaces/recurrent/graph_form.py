@@ -28,7 +28,7 @@ INPUT, OLD, NEW = "x", "h_prev_", "h_new_"
 
 
 def is_state(name: str) -> bool:
-    """Whether a node of this name is a new state: h_new_0, h_new_1, ...; others may begin alike (h_new_1_part1)."""
+    """True of h_new_0, h_new_1, ..., the names of new states; others may begin alike (h_new_1_part1)."""
     return name.startswith(NEW) and name.removeprefix(NEW).isdigit()
 
 
@@ -68,7 +68,7 @@ def used(recipe: Mapping[str, Any]) -> set[str]:
 
 
 def problem(recipe: Mapping[str, Any], direct_memory: bool) -> str | None:
-    """What is wrong with a cell, naming the node; None if nothing is."""
+    """First fault of a cell, naming the node; None: it has none."""
     if not all(isinstance(name, str) and isinstance(node, Mapping) for name, node in recipe.items()):
         return "expected node name -> {op, input}"
     n = n_states(recipe)

@@ -143,6 +143,7 @@ class LayersBody(Body):
         return masks
 
     def forward(self, inputs: Tensor, state: State, masks: Masks, choice: Choice = None) -> tuple[Tensor, State]:
+        """`masks`: `x` (B, H), `hidden_i` (B, units before), `weight_i` of the recurrent matrix's shape."""
         outputs = inputs * masks["x"] if "x" in masks else inputs
         states = []
         for i, layer in enumerate(self.layers):

@@ -84,7 +84,7 @@ class RecurrentSparse(RecurrentCell):
         return Genotype(self.name, choices)
 
     def inputs(self, genotype: Genotype) -> Inputs:
-        """What every node reads; nothing that is dead, and nothing by a node that is."""
+        """Inputs of every node that lives; none of a dead one, and none that is dead."""
         living, found = {0}, []
         for i in range(1, self.n_nodes + 1):
             pairs = [option.split(":") for option in genotype.choices[inputs_name(i)]]
@@ -93,7 +93,7 @@ class RecurrentSparse(RecurrentCell):
             found.append(taken)
         return tuple(found)
 
-    def build(self, genotype: Genotype, width: int) -> "SparseCell":  # type: ignore[override]
+    def build(self, genotype: Genotype, width: int) -> "SparseCell":
         self.check(genotype)
         return SparseCell(genotype.choices[activation_name(0)], self.inputs(genotype), width)
 
