@@ -136,7 +136,7 @@ SAID = {
     **{f"lmnas/cli/bench/{name}.py": MEASURED for name in ("conv", "curvature", "nas_bench_bert", "overhead", "rows")},
     # `random` is a baseline's source: the best of random candidates, whatever the strategy
     "lmnas/report/verdict.py": frozenset({"random"}),
-    **{f"lmnas/runs/{name}.py": frozenset({"random"}) for name in ("checks", "experiment", "plan")},
+    **{f"lmnas/runs/{name}.py": frozenset({"random"}) for name in ("forecast", "select", "start")},
 }
 """Words of a file that happen to be a component's name, or that it must name; each with its reason."""
 OWN_KINDS = {

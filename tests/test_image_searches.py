@@ -6,6 +6,7 @@ import torch
 
 from lmnas.core import registry
 from lmnas.core.events import read_events
+from lmnas.runs import select
 from lmnas.runs.directory import Run
 from lmnas.runs.experiment import Experiment
 from lmnas.runs.progress import Display
@@ -49,14 +50,16 @@ def test_it_proposes_networks_of_the_space(space, search, tmp_path, cache):
     with Run(tmp_path / "run", recipe) as run, Display(quiet=True) as display:
         experiment = Experiment(run, display)
         (row,) = experiment.run_stages(("search",))["candidates"]
-        (found,) = experiment._found()
+        (found,) = select.found(experiment.driver)
         if row["is_proxy"]:
-            estimator = registry.create("estimator", recipe.estimator, experiment.space, experiment.task, 0, CPU)
+            estimator = registry.create(
+                "estimator", recipe.estimator, experiment.driver.space, experiment.driver.task, 0, CPU
+            )
             estimator.load(tmp_path / "run" / "jobs" / "search-0")
-            assert row["value"] == error_by_hand(experiment.task, estimator.model, found)
+            assert row["value"] == error_by_hand(experiment.driver.task, estimator.model, found)
         else:
             epochs = read_events(tmp_path / "run" / "jobs" / "search-0-trial-0" / "events.jsonl")
             assert row["value"] == min(event["valid"] for event in epochs if event["event"] == "epoch")
     assert row["is_proxy"] == (document["estimator"]["name"] == "shared")
     assert found.space == space and found.id == row["genotype_id"]
-    experiment.space.check(found)
+    experiment.driver.space.check(found)

@@ -26,11 +26,11 @@ from lmnas.core.events import Events, read_events
 from lmnas.core.job import Job, read_result
 from lmnas.core.nests import map_tensors
 from lmnas.nn.training.weights import WeightTraining
-from lmnas.runs import build
 from lmnas.runs.build import open_space
-from lmnas.runs.directory import Record, Run
+from lmnas.runs.directory import Run
 from lmnas.runs.progress import Stop
 from lmnas.runs.recipe import load_recipe
+from lmnas.runs.record import Record
 
 STRATEGIES = {
     "random": {},
@@ -73,7 +73,6 @@ def data(tmp_path_factory):
         go(folder / "run", killing.recipe(path))
         yield path
     torch.set_num_threads(threads)
-    build._open_task.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +282,6 @@ def test_changed_data_is_refused(tmp_path):
     go(tmp_path / "run", document, ("search",))
     before = (tmp_path / "run" / "results.json").read_bytes()
     text.write_text(tiny.text(n_lines=200, seed=1))
-    build._open_task.cache_clear()
     with pytest.raises(UserError, match=r"its data had fingerprint \w+, the data found now has \w+"):
         go(tmp_path / "run", document, ("search",))
     assert (tmp_path / "run" / "results.json").read_bytes() == before

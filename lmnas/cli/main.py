@@ -189,17 +189,14 @@ def _stage(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _stages(options: argparse.Namespace, path: Path, recipe: Any, stage: str | None) -> int:
     from lmnas.core.contracts import Objective
     from lmnas.report.tables import plain_text
-    from lmnas.runs.checks import preflight
     from lmnas.runs.directory import Run
     from lmnas.runs.experiment import STAGES, Experiment
-    from lmnas.runs.plan import plan
     from lmnas.runs.progress import Display
+    from lmnas.runs.start import start
 
-    if recipe is not None:
-        preflight(recipe)  # before there is a run directory
-        plan(recipe, path)
+    started = None if recipe is None else start(recipe, path)  # before there is a run directory
     with Run(path, recipe) as run, Display() as display:
-        experiment = Experiment(run, display)
+        experiment = Experiment(run, display, started)
         stages = STAGES if stage is None else tuple(dict.fromkeys((stage, "report")))
         try:
             results = experiment.run_stages(stages)

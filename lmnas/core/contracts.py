@@ -412,6 +412,37 @@ class SharingStrategy(Strategy):
 # ------------------------------------------------------------------------------------------------------ estimators
 
 
+@dataclass(frozen=True)
+class Workload:
+    """A training that will be done: what forecasts of time and memory, and the check before the start, read of it.
+
+    Attributes:
+        where: its place in the recipe.
+        training: its settings.
+        model: builds the model on the current default device.
+        choice: an example of what the model runs.
+        batches: settings of its batches; of several sizes, the training's own come first.
+        reads: (split, settings of batches) of every stream that it opens.
+        passes: (steps of an epoch, predictions of a step) -> its length in forward passes over the training split;
+            a backward pass counts as two.
+        per_candidate: it is done for every candidate; else once in each search.
+        copies: further copies of the weights beside model, gradients and optimiser.
+        keeps_best, averaged: the best weights so far, and averaged ones, are held as well.
+    """
+
+    where: str
+    training: Any
+    model: "Callable[[], Model]"
+    choice: Choice
+    batches: tuple[Any, ...]
+    reads: tuple[tuple[str, Any], ...]
+    passes: Callable[[int, int], float]
+    per_candidate: bool = False
+    copies: int = 0
+    keeps_best: bool = False
+    averaged: bool = False
+
+
 class Estimator(ABC):
     """Scores proposals. `__init__(space, task, seed, device, *, settings...)`.
 
@@ -426,6 +457,10 @@ class Estimator(ABC):
     """True: its scores rank candidates but are not results (weights shared, or none trained)."""
     is_cheap: bool = False
     """True: an estimate takes seconds; all proposals of one `ask` are one job."""
+
+    def workload(self, strategy: Strategy) -> tuple[Workload, ...]:
+        """The trainings that a search will do; nothing is allocated and no data is read. Default: none."""
+        return ()
 
     def prepare(self, strategy: Strategy, job: Job) -> None:
         """Do what must be done before the first estimate, resumable; leave its files in the job's directory."""

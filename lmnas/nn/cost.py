@@ -30,12 +30,14 @@ PROCESS = 300 * 2**20
 """Resident bytes of a worker process before it has any model: Python, PyTorch, the data."""
 THREAD_STACK = 72 * 2**20
 """Address space of one more thread: its stack and its part of the allocator. Counts against `ulimit -v` alone."""
+TRAINING_PASSES = 3.0
+"""Operations of forward and backward, in forwards."""
 PLAIN_FLOPS = 20e9
 """Floating-point operations a second of the plain kernel: low for large models, so that auto rather compiles late."""
 
 
 @dataclass(frozen=True)
-class Forecast:
+class StepBytes:
     """Bytes of one training step at its peak, by what holds them."""
 
     weights: int
@@ -48,7 +50,7 @@ class Forecast:
     copies: int
     """Further copies of the weights: of a second-order step, of averaging, of the best so far."""
 
-    def with_chunk(self, chunk: int) -> "Forecast":
+    def with_chunk(self, chunk: int) -> "StepBytes":
         """With so many logits held at once: themselves, and as many numbers on their way to probabilities."""
         return replace(self, logits=2 * 4 * chunk)
 
@@ -102,7 +104,7 @@ def step_forecast(
     *,
     optimizer_copies: int = 0,
     copies: int = 0,
-) -> Forecast:
+) -> StepBytes:
     """One training step of `model`, which is on `meta`.
 
     Args:
@@ -113,7 +115,7 @@ def step_forecast(
     sizes = [_size(parameter) for parameter in model.parameters()]
     weights, largest = sum(sizes), max(sizes, default=0)
     kept, used = kept_bytes(model, batch, choice, kernel)
-    return Forecast(
+    return StepBytes(
         weights=weights,
         # autograd sums the plain kernel's over the time steps before they reach the weights
         gradients=(2 if kernel == "reference" else 1) * used + largest,
@@ -124,7 +126,7 @@ def step_forecast(
     ).with_chunk(DEFAULT_CHUNK)
 
 
-def training_bytes(forecast: Forecast, *, averaged: bool, best: bool) -> int:
+def training_bytes(forecast: StepBytes, *, averaged: bool, best: bool) -> int:
     """A whole training: `forecast`'s steps beside the averaged and the best weights, and checkpoints between steps.
 
     A checkpoint copies all that it saves and writes it as one piece, when the tape is free for the plain kernel alone:

@@ -9,12 +9,11 @@ from typing import Any
 from lmnas.core.contracts import Model, Task
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.runs.build import load_model, open_device, open_task
-from lmnas.runs.checks import preflight
 from lmnas.runs.directory import Run
 from lmnas.runs.experiment import Experiment
-from lmnas.runs.plan import plan
 from lmnas.runs.progress import Display
 from lmnas.runs.recipe import Recipe, load_recipe
+from lmnas.runs.start import start
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,9 @@ def search(
         given["task.data"] = str(data)
     checked = load_recipe(recipe, given)
     path = Path(run) if run is not None else Path("runs") / checked.name
-    preflight(checked)
-    plan(checked, path)
+    started = start(checked, path)
     with Run(path, checked) as opened, Display(quiet) as display:
-        results = Experiment(opened, display).run_stages()
+        results = Experiment(opened, display, started).run_stages()
     return FinishedRun(path, checked, results)
 
 

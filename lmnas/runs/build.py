@@ -1,8 +1,6 @@
 """Building what a recipe names: task, space, strategy, estimator, and models around a body."""
 
 import contextlib
-import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,16 +40,9 @@ def open_recipe(recipe: Recipe, device: str | None = None) -> Opened:
     return Opened(recipe, open_task(recipe), open_space(recipe), found)
 
 
-def open_task(recipe: Recipe, *, fresh: bool = False) -> Task:
-    """One corpus serves all jobs of a process; `fresh` looks at its files again."""
-    if fresh:
-        _open_task.cache_clear()
-    return _open_task(json.dumps(recipe.task, sort_keys=True))
-
-
-@functools.lru_cache(maxsize=1)
-def _open_task(section: str) -> Task:
-    return registry.create("task", json.loads(section))
+def open_task(recipe: Recipe) -> Task:
+    """The recipe's task; its data is read anew."""
+    return registry.create("task", recipe.task)
 
 
 def open_space(recipe: Recipe) -> Space:

@@ -23,9 +23,9 @@ from lmnas.core.genotype import Genotype
 from lmnas.core.job import read_result, read_spec
 from lmnas.nn.sparsity.training import Sparsity, layout
 from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE, save
-from lmnas.runs.build import covering_space, load_model, open_device, open_task
-from lmnas.runs.checks import preflight
-from lmnas.runs.directory import Run, environment
+from lmnas.runs.build import covering_space, load_model
+from lmnas.runs.directory import Run
+from lmnas.runs.environment import environment
 from lmnas.runs.executors.base import Setup, default_threads
 from lmnas.runs.executors.inline import Inline
 from lmnas.runs.job_kinds.compress import DENSE, Compress
@@ -34,6 +34,7 @@ from lmnas.runs.job_kinds.test import Test
 from lmnas.runs.kernel_choice import read_pin, write_pin
 from lmnas.runs.progress import Display, Stop
 from lmnas.runs.recipe import Recipe
+from lmnas.runs.start import open_checked
 from lmnas.runs.work import Spec, job_call
 
 FORMAT = 1
@@ -60,8 +61,8 @@ def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:
         weights, dense = _trained(source)
     if (out / "recipe.yaml").is_file() and not (out / SPEC).is_file():
         raise UserError(f"--out {out}: the folder holds a run of its own; name another")
-    preflight(recipe)
-    task, device = open_task(recipe), open_device(recipe.execution.device)
+    opened_recipe = open_checked(recipe, source).opened
+    task, device = opened_recipe.task, opened_recipe.device
     layout(load_model(recipe, task, dense, source / "model.safetensors"))
     first = _job(options, recipe, dense, digest(weights))
     threads = recipe.execution.threads or default_threads(1)

@@ -12,24 +12,17 @@ import fcntl
 import functools
 import json
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import optuna
-import torch
 import yaml
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
-from lmnas.core.contracts import Objective, Space, Trial
 from lmnas.core.errors import UserError
 from lmnas.core.files import append_line, move_into_place, not_written, write_atomic, write_json
-from lmnas.core.genotype import Genotype
-from lmnas.core.version import VERSION
-from lmnas.nn.kernels import kernel_in_use
 from lmnas.runs.recipe import Recipe, differences, load_recipe, resolved
 
 NOT_THE_EXPERIMENT = ("execution",)
@@ -154,90 +147,3 @@ class Run:
 
     def write_results(self, results: dict[str, Any]) -> None:
         write_json(self.path / "results.json", results)
-
-
-def environment(device: torch.device, threads: int) -> dict[str, Any]:
-    """What a result depended on besides its recipe."""
-    return {
-        "lmnas": VERSION,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "optuna": optuna.__version__,
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": threads,
-        "kernel": kernel_in_use(device.type),
-    }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
-
-
-class Record:
-    """The trials of one stage as an Optuna study in the run's `study.db`; the driver is its only writer.
-
-    A trial is known by its key, so one that is told again after a kill is not doubled.
-    """
-
-    def __init__(self, run: Run, stage: str, objective: Objective, space: Space):
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.space = space
-        self.stage = stage
-        self.study = optuna.create_study(
-            storage=run.storage,
-            study_name=stage,
-            direction=objective.direction,
-            load_if_exists=True,
-        )
-        self.keys = {trial.user_attrs["key"] for trial in self.study.get_trials(deepcopy=False)}
-
-    def add(self, key: str, trial: Trial) -> None:
-        """Record a finished trial; a failure is a FAIL trial with its cause."""
-        if key in self.keys:
-            return
-        choices = trial.genotype.choices
-        failed = trial.value is None
-        self.study.add_trial(
-            optuna.trial.create_trial(
-                state=optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE,
-                value=trial.value,
-                params=self.space.decisions.parameters(choices),
-                distributions=self.space.decisions.distributions(choices),
-                user_attrs={
-                    "key": key,
-                    "genotype": trial.genotype.to_dict(),
-                    "genotype_id": trial.genotype.id,
-                    "seconds": trial.cost.seconds,
-                    **({"failure": trial.failure} if failed else {}),
-                    **_beyond(trial),
-                    **trial.notes,
-                },
-            )
-        )
-        self.keys.add(key)
-
-    def trials(self) -> list[dict[str, Any]]:
-        """The record as plain data, oldest first."""
-        return [
-            {
-                "key": t.user_attrs["key"],
-                "genotype": Genotype.from_dict(t.user_attrs["genotype"]),
-                "value": t.value,
-                **{k: v for k, v in t.user_attrs.items() if k not in ("key", "genotype")},
-            }
-            for t in self.study.get_trials(deepcopy=False)
-        ]
-
-
-def _beyond(trial: Trial) -> dict[str, Any]:
-    """Attributes of a trial that only some have."""
-    status = {} if trial.status == "ok" else {"status": trial.status}
-    work = {key: n for key, n in (("steps", trial.cost.steps), ("tokens", trial.cost.tokens)) if n}
-    further = {} if len(trial.scores) < 2 else {"scores": dict(trial.scores)}
-    return {**trial.proposal.terms(), **status, **work, **further}

@@ -223,42 +223,10 @@ def check(recipe: Recipe) -> None:
         if "name" not in value:
             raise UserError(f"{section}: 'name' is missing. Known: {', '.join(registry.names(section))}.")
         registry.settings_of(section, value, section)
-    estimator = registry.component("estimator", recipe.estimator["name"])
-    strategy = registry.component("strategy", recipe.strategy["name"])
-    lacking = strategy.needs - estimator.provides
-    if lacking:
-        able = [
-            name
-            for name in registry.names("estimator")
-            if strategy.needs <= registry.component("estimator", name).provides
-        ]
-        raise UserError(
-            f"strategy {recipe.strategy['name']!r} needs {' and '.join(sorted(lacking))}, which estimator "
-            f"{recipe.estimator['name']!r} does not provide. Estimators that do: {', '.join(able) or 'none'}."
-        )
-    if "shared-weights" in estimator.provides and not issubclass(strategy, SharingStrategy):
-        able = [
-            name
-            for name in registry.names("strategy")
-            if issubclass(registry.component("strategy", name), SharingStrategy)
-        ]
-        raise UserError(
-            f"estimator {recipe.estimator['name']!r} trains shared weights on the strategy's choices, and strategy "
-            f"{recipe.strategy['name']!r} makes none. Strategies that do: {', '.join(able)}."
-        )
     if recipe.execution.executor is not None:
         registry.component("executor", recipe.execution.executor)
     task = registry.component("task", recipe.task["name"])
-    space = registry.component("space", recipe.space["name"])
-    searching = recipe.genotype is None  # else strategy and estimator are asked for nothing
-    parts = [("task", task), *([("estimator", estimator), ("strategy", strategy)] if searching else [])]
-    for section, part in parts:
-        name = getattr(recipe, section)["name"]
-        refuse_unfit(f"{section} {name!r}", part.takes, recipe.space["name"], space.makes)
-    if searching and "mixture" in strategy.needs:
-        refuse_unrelaxed(space, f"strategy {recipe.strategy['name']!r}")
-    if searching and "shared-weights" in estimator.provides:
-        refuse_unrelaxed(space, f"estimator {recipe.estimator['name']!r}")
+    _check_parts(recipe)
     for where, training in trainings(recipe):
         training.model_settings(task, f"{where}.model")
         training.batch_settings(task, f"{where}.batches")
@@ -278,6 +246,40 @@ def check(recipe: Recipe) -> None:
             f"select.epochs {recipe.select.epochs}: longer than the final training "
             f"(train.training.epochs {recipe.train.training.epochs}); selection is meant to be the shorter one"
         )
+
+
+def _check_parts(recipe: Recipe) -> None:
+    """Refuse components that do not fit together. A genotype that is given needs neither strategy nor estimator."""
+    chosen = {section: getattr(recipe, section)["name"] for section in SECTIONS}
+    task, space, strategy, estimator = (registry.component(section, chosen[section]) for section in SECTIONS)
+    lacking = strategy.needs - estimator.provides
+    if lacking:
+        able = [
+            name
+            for name in registry.names("estimator")
+            if strategy.needs <= registry.component("estimator", name).provides
+        ]
+        raise UserError(
+            f"strategy {chosen['strategy']!r} needs {' and '.join(sorted(lacking))}, which estimator "
+            f"{chosen['estimator']!r} does not provide. Estimators that do: {', '.join(able) or 'none'}."
+        )
+    if "shared-weights" in estimator.provides and not issubclass(strategy, SharingStrategy):
+        able = [
+            name
+            for name in registry.names("strategy")
+            if issubclass(registry.component("strategy", name), SharingStrategy)
+        ]
+        raise UserError(
+            f"estimator {chosen['estimator']!r} trains shared weights on the strategy's choices, and strategy "
+            f"{chosen['strategy']!r} makes none. Strategies that do: {', '.join(able)}."
+        )
+    searching = {"estimator": estimator, "strategy": strategy}
+    for section, part in {"task": task, **({} if recipe.genotype else searching)}.items():
+        refuse_unfit(f"{section} {chosen[section]!r}", part.takes, chosen["space"], space.makes)
+    if recipe.genotype is None and "mixture" in strategy.needs:
+        refuse_unrelaxed(space, f"strategy {chosen['strategy']!r}")
+    if recipe.genotype is None and "shared-weights" in estimator.provides:
+        refuse_unrelaxed(space, f"estimator {chosen['estimator']!r}")
 
 
 def _check_name(name: str, where: str) -> None:

@@ -70,12 +70,12 @@ class Workplace:
 
     def __init__(self, run: Path, device: str, opened: Opened | None = None):
         self.run = run
-        self._device = device
+        self.device = device
         self._opened = opened
 
     @functools.cached_property
     def opened(self) -> Opened:
-        return self._opened or open_recipe(load_recipe(str(self.run / "recipe.yaml")), self._device)
+        return self._opened or open_recipe(load_recipe(str(self.run / "recipe.yaml")), self.device)
 
     def job(self, name: str) -> Path:
         return self.run / "jobs" / name
@@ -121,14 +121,21 @@ class Workplace:
             return {**result, "files": files}
 
 
-@functools.lru_cache(maxsize=1)
-def _workplace(run: str, device: str) -> Workplace:
-    return Workplace(Path(run), device)
+_shared: dict[tuple[str, str], Workplace] = {}
+"""The workplace of the last run of this process: one run's data serve all its jobs."""
+
+
+def share(place: Workplace) -> None:
+    """Let the jobs of a run that are done in this process use what has been opened; every start gives its own."""
+    _shared.clear()
+    _shared[str(place.run.resolve()), place.device] = place
 
 
 def run_job(run: str, name: str, spec: Spec, device: str, report: Report, stop: Stop) -> dict[str, Any]:
-    """What a job's `Call` names: `Workplace.do`; one run's data serve all its jobs of a process."""
-    return _workplace(run, device).do(name, spec, report, stop)
+    """What a job's `Call` names: `Workplace.do`."""
+    if (run, device) not in _shared:
+        share(Workplace(Path(run), device))
+    return _shared[run, device].do(name, spec, report, stop)
 
 
 def job_call(run: Path, device: str, name: str, spec: Spec) -> Call:

@@ -19,14 +19,15 @@ from lmnas.core.contracts import Batch, Loss, Model, Task
 from lmnas.core.errors import UserError
 from lmnas.core.seeds import generator, rng
 from lmnas.nn import cost as forecast
-from lmnas.nn.cost import Forecast, available, forward_flops, kept_bytes, step_forecast, training_bytes
+from lmnas.nn.cost import StepBytes, available, forward_flops, kept_bytes, step_forecast, training_bytes
 from lmnas.nn.kernels import DEFAULT_CHUNK, cross_entropy, fused, set_chunk
 from lmnas.nn.kernels.planned import fused_elements
 from lmnas.nn.kernels.reference import Program
 from lmnas.nn.training.settings import Training
-from lmnas.runs import plan
-from lmnas.runs.build import build_model, open_space, open_task
+from lmnas.runs import forecast as forecasts
+from lmnas.runs.build import build_model, open_recipe, open_space, open_task
 from lmnas.runs.recipe import load_recipe
+from lmnas.runs.start import start
 from lmnas.spaces.recurrent.cell import RecurrentCell
 from lmnas.tasks.language_modeling import BatchSettings, LanguageModel, ModelSettings
 
@@ -66,17 +67,17 @@ def test_parts_of_a_step():
     """V takes part, (99, 99) is the largest parameter; 15 % on top of the parts, and the libraries' own."""
     step = step_forecast(forecast.on_meta(Toy), toy_batch(), None, "reference", optimizer_copies=1, copies=2)
     weights = 4 * (128 + 64 + 9801)
-    assert step == Forecast(weights, 4 * (2 * 64 + 9801), weights, 480, 8 * DEFAULT_CHUNK, 2 * weights)
+    assert step == StepBytes(weights, 4 * (2 * 64 + 9801), weights, 480, 8 * DEFAULT_CHUNK, 2 * weights)
     parts = 4 * weights + 4 * (2 * 64 + 9801) + 480 + 8 * 1000
     assert step.with_chunk(1000).total == int(1.15 * parts) + 64 * MIB
 
 
 def test_a_training_holds_more_than_a_step():
-    step = Forecast(100, 100, 0, 1000, 0, 0)
+    step = StepBytes(100, 100, 0, 1000, 0, 0)
     assert training_bytes(step, averaged=False, best=False) == step.total
     assert training_bytes(step, averaged=True, best=True) == step.total + 200
     # a checkpoint of 300 is made and written as one piece, when what was kept is free
-    bare = Forecast(100, 100, 0, 0, 0, 0)
+    bare = StepBytes(100, 100, 0, 0, 0, 0)
     assert training_bytes(bare, averaged=True, best=True) == bare.total + 200 + 600
 
 
@@ -259,12 +260,22 @@ def document(tmp_path, cache):
     return tiny.recipe(tmp_path / "text.txt")
 
 
+def work_of(recipe):
+    """The opened recipe and its trainings."""
+    opened = open_recipe(recipe)
+    return opened, forecasts.workloads(opened, None)
+
+
+def needs_of(recipe):
+    return forecasts.needs(*work_of(recipe), "reference")
+
+
 def test_every_training_of_a_recipe_is_forecast(document):
     """The search's supernet, with the second-order step's copies; the final training, averaged."""
     document["strategy"] = {"name": "gradient", "order": 2}
     document["train"]["training"]["optimizer"]["averaging"] = "nonmonotonic"
     recipe = load_recipe(document)
-    found = plan.forecasts(recipe, "reference", DEFAULT_CHUNK)
+    found = forecasts.peaks(needs_of(recipe), DEFAULT_CHUNK)
     task, space = open_task(recipe), open_space(recipe)
     training: Training = recipe.train.training
     genotype = space.sample(rng(0))
@@ -283,27 +294,36 @@ def test_every_training_of_a_recipe_is_forecast(document):
 def test_larger_validation_batches_count(document):
     recipe = load_recipe(document)
     document["estimator"]["valid_batch_size"] = 40
-    larger = plan.forecasts(load_recipe(document), "reference", 1)
-    assert larger["estimator.training"] > plan.forecasts(recipe, "reference", 1)["estimator.training"]
+    larger = forecasts.peaks(needs_of(load_recipe(document)), 1)
+    assert larger["estimator.training"] > forecasts.peaks(needs_of(recipe), 1)["estimator.training"]
 
 
 def test_short_memory_takes_a_smaller_chunk_then_refuses(document, monkeypatch):
     recipe = load_recipe(document)
-    whole = max(plan.forecasts(recipe, "reference", DEFAULT_CHUNK).values())
-    part = max(plan.forecasts(recipe, "reference", plan.SMALL_CHUNK).values())
-    for there, chunk in ((whole, DEFAULT_CHUNK), (whole - 1, plan.SMALL_CHUNK), (part, plan.SMALL_CHUNK)):
-        monkeypatch.setattr(plan, "available", lambda *arguments, there=there: there)
-        assert plan.fitting_chunk(recipe, CPU, "reference", DEFAULT_CHUNK) == chunk
-    monkeypatch.setattr(plan, "available", lambda *arguments: part - 1)
+    whole = max(forecasts.peaks(needs_of(recipe), DEFAULT_CHUNK).values())
+    part = max(forecasts.peaks(needs_of(recipe), forecasts.SMALL_CHUNK).values())
+    for there, chunk in ((whole, DEFAULT_CHUNK), (whole - 1, forecasts.SMALL_CHUNK), (part, forecasts.SMALL_CHUNK)):
+        monkeypatch.setattr(forecasts, "available", lambda *arguments, there=there: there)
+        assert forecasts.fitting_chunk(open_recipe(recipe), needs_of(recipe), DEFAULT_CHUNK) == chunk
+    monkeypatch.setattr(forecasts, "available", lambda *arguments: part - 1)
     with pytest.raises(UserError) as refusal:
-        plan.fitting_chunk(recipe, CPU, "reference", DEFAULT_CHUNK)
+        forecasts.fitting_chunk(open_recipe(recipe), needs_of(recipe), DEFAULT_CHUNK)
     needed = f"needs about {part / 2**30:.2f} GiB of memory at its peak, {(part - 1) / 2**30:.2f} GiB are available"
     assert needed in str(refusal.value)
     assert "training.batches.batch_size" in str(refusal.value) and "training.model.width" in str(refusal.value)
     assert "workers" not in str(refusal.value)
     document["execution"]["workers"] = 2
     with pytest.raises(UserError, match=r"available for each of 2 workers; lower .* or execution\.workers$"):
-        plan.fitting_chunk(load_recipe(document), CPU, "reference", DEFAULT_CHUNK)
+        forecasts.fitting_chunk(open_recipe(load_recipe(document)), needs_of(recipe), DEFAULT_CHUNK)
+
+
+def test_a_run_is_forecast_before_it_starts(document, tmp_path):
+    """Jobs are those that the run then does; nothing is written."""
+    found = start(load_recipe(document), tmp_path / "run").forecast()
+    # the supernet and one batch of two estimates; two pools of two in selection; three models, two seeds each, tested
+    assert found.jobs == 1 + 1 + 2 * 2 + 2 * 3 * 2
+    assert found.seconds > 0 and found.bytes.keys() == {"train.training", "estimator.training"}
+    assert not (tmp_path / "run").exists()
 
 
 class Largest(TorchDispatchMode):
@@ -340,7 +360,7 @@ def test_seconds_of_work_by_hand(document):
     epoch = 3 * per_token * stream.steps_per_epoch * 40
     # one epoch each: the winner and a random cell, 2 seeds; two pools of two candidates; one pass of shared weights
     total = (2 * 2 + 2 * 2 + 1) * epoch
-    assert plan.seconds_of_work(recipe) == pytest.approx(total / forecast.PLAIN_FLOPS)
+    assert forecasts.seconds_of_work(*work_of(recipe)) == pytest.approx(total / forecast.PLAIN_FLOPS)
 
 
 @pytest.mark.parametrize("order, passes", [(1, 2), (2, 5)])
@@ -363,7 +383,7 @@ def test_what_a_gradient_learns_is_work_too(document, order, passes):
             forecast.on_meta(lambda: build_model(task, space.sample(rng(0)), recipe.train.training)), batch, None
         )
     )
-    assert plan.seconds_of_work(recipe) == pytest.approx((search + 3 * path) / forecast.PLAIN_FLOPS)
+    assert forecasts.seconds_of_work(*work_of(recipe)) == pytest.approx((search + 3 * path) / forecast.PLAIN_FLOPS)
 
 
 # ------------------------------------------------------------------------------------------------- a limit of 4 GiB

@@ -19,7 +19,6 @@ from lmnas.core.events import read_events
 from lmnas.core.genotype import load_genotype
 from lmnas.core.job import read_result
 from lmnas.core.updates import Incident, Progress
-from lmnas.runs import build
 from lmnas.runs.directory import Run
 from lmnas.runs.executors.base import Call, Setup, open_executor
 from lmnas.runs.executors.inline import Inline
@@ -39,7 +38,6 @@ def data(tmp_path_factory):
         patch.setenv("LMNAS_CACHE", str(folder / "cache"))
         yield path
     torch.set_num_threads(threads)
-    build._open_task.cache_clear()
 
 
 def recipe(data, workers):

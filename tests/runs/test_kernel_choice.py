@@ -13,7 +13,7 @@ from killing import assert_same, go, incidents
 from lmnas.cli import main as cli
 from lmnas.core.errors import UserError
 from lmnas.nn.kernels import DEFAULT_CHUNK, cross_entropy, dispatch, fused, kernel_in_use
-from lmnas.runs import experiment, plan
+from lmnas.runs import build, driver, forecast, start
 from lmnas.runs.directory import Run
 from lmnas.runs.executors import inline
 from lmnas.runs.experiment import Experiment
@@ -97,10 +97,10 @@ def test_what_auto_means(monkeypatch, cached, seconds, expected):
     assert dispatch.decide(lambda: seconds) == expected
 
 
-def test_a_gpu_runs_the_reference(text, monkeypatch):
-    monkeypatch.setattr(plan, "open_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(plan, "available", lambda *arguments: 2**40)
-    assert plan.plan(load_recipe(recipe(text, "auto"))).kernel == "reference"
+def test_a_gpu_runs_the_reference(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "open_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(forecast, "available", lambda *arguments: 2**40)
+    assert start.start(load_recipe(recipe(text, "auto")), tmp_path / "run").pin.kernel == "reference"
 
 
 def test_auto_without_a_compiler_falls_back_and_says_so_once(text, tmp_path, no_compiler, capfd):
@@ -119,7 +119,7 @@ def test_a_compiler_that_fails_is_no_compiler_for_auto(text, tmp_path, monkeypat
         raise fused.Unavailable("g++ failed: out of registers")
 
     monkeypatch.setattr(fused, "load", broken)
-    monkeypatch.setattr(plan, "decide", lambda seconds: ("fused", "pays"))
+    monkeypatch.setattr(start, "decide", lambda seconds: ("fused", "pays"))
     go(tmp_path / "run", recipe(text, "auto"), SHORT)
     assert kernels(tmp_path / "run") == ("reference",) * 3
     assert [message for message in incidents(tmp_path / "run") if "out of registers" in message]
@@ -128,10 +128,10 @@ def test_a_compiler_that_fails_is_no_compiler_for_auto(text, tmp_path, monkeypat
 def test_compiling_is_announced_before_any_job(text, tmp_path, monkeypatch, capfd):
     """And in the driver, so that no worker compiles."""
     steps = []
-    monkeypatch.setattr(plan, "decide", lambda seconds: ("fused", "pays"))
-    monkeypatch.setattr(experiment, "must_compile", lambda: True)
+    monkeypatch.setattr(start, "decide", lambda seconds: ("fused", "pays"))
+    monkeypatch.setattr(start, "must_compile", lambda: True)
     monkeypatch.setattr(fused, "load", lambda: steps.append("compiled"))
-    monkeypatch.setattr(Experiment, "_executor", lambda self: steps.append("workers") or partial_stop())
+    monkeypatch.setattr(driver.Driver, "executing", lambda self: steps.append("workers") or partial_stop())
     with Run(tmp_path / "run", load_recipe(recipe(text, "auto"))) as run, Display() as display, pytest.raises(Stop):
         Experiment(run, display).run_stages(SHORT)
     assert steps == ["compiled", "workers"]
@@ -164,7 +164,7 @@ def test_the_option_is_checked(text, tmp_path, capsys):
 
 def test_a_run_keeps_its_kernel_whatever_auto_says_later(text, tmp_path, monkeypatch):
     go(tmp_path / "run", recipe(text, "reference"), SHORT)
-    monkeypatch.setattr(plan, "decide", lambda seconds: ("fused", "now it would"))
+    monkeypatch.setattr(start, "decide", lambda seconds: ("fused", "now it would"))
     go(tmp_path / "run", recipe(text, "auto"))
     assert kernels(tmp_path / "run") == ("reference",) * 3 and incidents(tmp_path / "run") == []
     assert kernel_in_use() == "reference"
@@ -207,7 +207,7 @@ def test_a_pinned_kernel_that_is_gone_says_how_to_go_on(text, tmp_path, no_compi
 def test_every_job_follows_the_pin(text, tmp_path, monkeypatch):
     """Kernel and chunk are set before a job's work, whatever the process did before."""
     seen = []
-    monkeypatch.setattr(plan, "fitting_chunk", lambda recipe, device, kernel, chunk: 77)
+    monkeypatch.setattr(forecast, "fitting_chunk", lambda opened, needs, chunk: 77)
     monkeypatch.setattr(fused, "load", lambda: None)
     original = inline.Inline.run
 
@@ -226,7 +226,7 @@ def test_every_job_follows_the_pin(text, tmp_path, monkeypatch):
 def test_runs_from_before_there_were_pins_keep_their_kernel(text, tmp_path, monkeypatch):
     go(tmp_path / "run", recipe(text, "reference"), SHORT)
     (tmp_path / "run" / FILE).unlink()
-    monkeypatch.setattr(plan, "decide", lambda seconds: ("fused", "now it would"))
+    monkeypatch.setattr(start, "decide", lambda seconds: ("fused", "now it would"))
     go(tmp_path / "run", recipe(text, "auto"), SHORT)
     assert read_pin(tmp_path / "run") == Pin("reference", "as the run began", DEFAULT_CHUNK)
 
@@ -246,11 +246,11 @@ def test_killed_runs_of_the_fused_kernel_continue_exactly(text, tmp_path, monkey
     """Though `auto` would say something else at every later start."""
     gradient = {"strategy": {"name": "gradient", "learning_rate": 0.05}, "search": {"seeds": 1, "candidates": 1}}
     document = killing.recipe(text, **gradient, execution=recipe(text, "auto")["execution"])
-    monkeypatch.setattr(plan, "decide", lambda seconds: ("fused", "compiled already"))
+    monkeypatch.setattr(start, "decide", lambda seconds: ("fused", "compiled already"))
     go(tmp_path / "reference", document)
     kills = [partial(killing.killed_at_boundary, number=number) for number in (30, 40, 50)]
     assert kills[0](lambda: go(tmp_path / "run", document))
-    monkeypatch.setattr(plan, "decide", lambda seconds: ("reference", "gone from the cache"))
+    monkeypatch.setattr(start, "decide", lambda seconds: ("reference", "gone from the cache"))
     for kill in kills[1:]:
         assert kill(lambda: go(tmp_path / "run", document))
     go(tmp_path / "run", document)

@@ -22,10 +22,11 @@ import tiny
 from lmnas.core.checkpoints import Checkpoints
 from lmnas.core.events import Events, read_events
 from lmnas.core.job import Job
-from lmnas.runs.directory import Record, Run
+from lmnas.runs.directory import Run
 from lmnas.runs.experiment import STAGES, Experiment
 from lmnas.runs.progress import Display
 from lmnas.runs.recipe import load_recipe
+from lmnas.runs.record import Record
 
 WITHOUT_REPORT = STAGES[:-1]
 """Pictures take longer than all the rest of a tiny run, and have no state."""

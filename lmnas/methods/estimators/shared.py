@@ -21,6 +21,7 @@ from lmnas.core.contracts import (
     LearnStep,
     Loss,
     Mixture,
+    Model,
     Proposal,
     Score,
     SharingStrategy,
@@ -30,12 +31,14 @@ from lmnas.core.contracts import (
     Stream,
     Task,
     Trial,
+    Workload,
     relaxed,
 )
 from lmnas.core.errors import Diverged, NotFinite
 from lmnas.core.files import write_atomic
 from lmnas.core.job import PREPARED, Job
-from lmnas.core.seeds import derive
+from lmnas.core.seeds import derive, rng
+from lmnas.nn.cost import TRAINING_PASSES, example_choice
 from lmnas.nn.curvature import diagonal
 from lmnas.nn.train import initialise
 from lmnas.nn.training.loop import Loop
@@ -79,9 +82,41 @@ class Shared(Estimator):
         self.batches = training.batch_settings(task, "estimator.training.batches")
         valid = {**training.batches, **({"batch_size": valid_batch_size} if valid_batch_size else {})}
         self.valid_batches = Training(epochs=1, batches=valid).batch_settings(task, "estimator.training.batches")
-        settings = training.model_settings(task, "estimator.training.model")
-        supernet = relaxed(space, "training of shared weights").supernet(settings.width)
-        self.model = initialise(task.model(supernet, settings), seed).to(device)
+        self.settings = training.model_settings(task, "estimator.training.model")
+        self.shared = relaxed(space, "training of shared weights")
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """The supernet with the task's head."""
+        return initialise(self._build(), self.seed).to(self.device)
+
+    def _build(self) -> Model:
+        return self.task.model(self.shared.supernet(self.settings.width), self.settings)
+
+    def workload(self, strategy: Strategy) -> tuple[Workload, ...]:
+        assert isinstance(strategy, SharingStrategy)
+        by_gradient = "mixture" in strategy.needs
+        learned = strategy.learn_passes if by_gradient else 0
+
+        def passes(steps: int, targets: int) -> float:
+            return self.training.passes(steps, targets) * (
+                TRAINING_PASSES * (1 + learned) + strategy.rewards_per_round / steps
+            )
+
+        sizes = (self.batches,) if self.valid_batches == self.batches else (self.batches, self.valid_batches)
+        return (
+            Workload(
+                "estimator.training",
+                self.training,
+                self._build,
+                example_choice(self.space, by_gradient, rng(self.seed, "preflight")),
+                sizes,
+                (("train", self.batches), ("valid", self.valid_batches)),
+                passes,
+                # a strategy that learns by gradient is given the velocity as values of its own
+                copies=strategy.weight_copies + int(by_gradient and self.training.optimizer.heavy_ball),
+            ),
+        )
 
     def prepare(self, strategy: Strategy, job: Job) -> None:
         """Train the supernet: per step the strategy learns (if by gradient) and the weights of its choice move; after

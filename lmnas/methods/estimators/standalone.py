@@ -4,8 +4,10 @@ from pathlib import Path
 
 import torch
 
-from lmnas.core.contracts import Cost, Estimator, Proposal, Score, Space, Task
+from lmnas.core.contracts import Cost, Estimator, Proposal, Score, Space, Strategy, Task, Workload
 from lmnas.core.job import Job
+from lmnas.core.seeds import rng
+from lmnas.nn.cost import TRAINING_PASSES
 from lmnas.nn.train import fit, initialise
 from lmnas.nn.training.settings import Training
 
@@ -20,8 +22,27 @@ class Standalone(Estimator):
         """
         self.space = space
         self.task = task
+        self.seed = seed
         self.device = device
         self.training = training
+
+    def workload(self, strategy: Strategy) -> tuple[Workload, ...]:
+        settings, batches = self.training.model_settings(self.task), self.training.batch_settings(self.task)
+        genotype = self.space.sample(rng(self.seed, "preflight"))
+        return (
+            Workload(
+                "estimator.training",
+                self.training,
+                lambda: self.task.model(self.space.build(genotype, settings.width), settings),
+                None,
+                (batches,),
+                (("train", batches),),
+                lambda steps, targets: self.training.passes(steps, targets) * TRAINING_PASSES,
+                per_candidate=True,
+                keeps_best=True,
+                averaged=self.training.optimizer.averaging != "none",
+            ),
+        )
 
     def estimate(self, proposal: Proposal, seed: int, job: Job, parent: Path | None = None) -> Score:
         settings = self.training.model_settings(self.task, "estimator.training.model")

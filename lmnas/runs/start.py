@@ -1,0 +1,177 @@
+"""THE start of a run: recipe -> opened -> checked -> forecast -> kernel.
+
+Command line, Python and compression begin here. All that can be refused is refused before there is a run directory.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmnas.core import registry
+from lmnas.core.capabilities import refuse_unfit
+from lmnas.core.contracts import Workload
+from lmnas.core.errors import UserError
+from lmnas.core.genotype import Genotype, load_genotype
+from lmnas.nn.kernels import DEFAULT_CHUNK, Decided, decide, must_compile, unavailable
+from lmnas.runs import forecast
+from lmnas.runs.build import Opened, covering_space, open_recipe
+from lmnas.runs.directory import Run
+from lmnas.runs.kernel_choice import FILE, Pin, read_pin, write_pin
+from lmnas.runs.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Start:
+    """A recipe that was opened and checked, for a run directory that need not exist yet.
+
+    Attributes:
+        path: the run's directory.
+        asked: the kernel asked for.
+        given: the genotype to train instead of searching for one.
+        work: the trainings that the run will do.
+    """
+
+    path: Path
+    asked: str
+    opened: Opened
+    given: Genotype | None
+    work: tuple[Workload, ...]
+
+    @functools.cached_property
+    def pin(self) -> Pin:
+        """The kernel and the size of the loss' chunks that the run takes, or keeps.
+
+        Raises:
+            UserError: the kernel asked for cannot be had, or a training does not fit into memory.
+        """
+        before = read_pin(self.path)
+        kernel, why = _kernel(self.opened, self.work, before, self.asked)
+        needs = forecast.needs(self.opened, self.work, kernel)
+        wanted = DEFAULT_CHUNK if before is None else before.chunk
+        return Pin(kernel, why, forecast.fitting_chunk(self.opened, needs, wanted))
+
+    def forecast(self) -> forecast.Forecast:
+        """Jobs, seconds and memory of the whole run."""
+        opened = self.opened
+        seconds = forecast.seconds_of_work(opened, self.work)
+        needs = forecast.needs(opened, self.work, self.pin.kernel)
+        return forecast.Forecast(forecast.n_jobs(opened.recipe), seconds, forecast.peaks(needs, self.pin.chunk))
+
+
+def start(recipe: Recipe, path: Path, asked: str | None = None) -> Start:
+    """Open and check a recipe for a run at `path`, and choose its kernel; nothing is written.
+
+    Args:
+        asked: the kernel asked for; default: the recipe's.
+
+    Raises:
+        UserError: what only the data, the machine or a built model can tell is wrong; the kernel asked for cannot be
+            had; or a training does not fit into memory.
+    """
+    started = open_checked(recipe, path, asked)
+    _ = started.pin
+    return started
+
+
+def open_checked(recipe: Recipe, path: Path, asked: str | None = None) -> Start:
+    """The start of what trains nothing: open a recipe and refuse what no single setting could tell.
+
+    Raises:
+        UserError
+    """
+    opened = open_recipe(recipe)
+    if opened.device.type == "meta":
+        raise UserError("execution.device 'meta': tensors there hold no numbers; `auto` takes what there is")
+    given = given_genotype(opened)
+    for name, baseline in recipe.baselines.items():
+        if baseline.source != "random":
+            body = covering_space(load_genotype(baseline.source))
+            refuse_unfit(f"baselines.{name}: task {opened.task.name!r}", opened.task.takes, body.name, body.makes)
+    work = forecast.workloads(opened, given)
+    for each in work:
+        for split, batches in each.reads:
+            try:
+                opened.task.stream(split, batches, 0)
+            except UserError as error:
+                raise UserError(f"{each.where}.batches: {error}") from None
+    return Start(path, recipe.execution.kernel if asked is None else asked, opened, given, work)
+
+
+def given_genotype(opened: Opened) -> Genotype | None:
+    """The genotype to train instead of searching, checked."""
+    recipe, space = opened.recipe, opened.space
+    if recipe.genotype is None:
+        return None
+    genotype = load_genotype(recipe.genotype)
+    if genotype.space != space.name:
+        raise UserError(
+            f"genotype {recipe.genotype!r} is of space {genotype.space!r}; this recipe's space is {space.name!r}"
+        )
+    covering_space(genotype)
+    return genotype
+
+
+def has_kernels(recipe: Recipe) -> bool:
+    """There is a choice of kernels for the recipe's space or task."""
+    return any(registry.component(kind, name).kernels for kind, name in _parts(recipe))
+
+
+def _parts(recipe: Recipe) -> tuple[tuple[str, str], tuple[str, str]]:
+    return ("space", recipe.space["name"]), ("task", recipe.task["name"])
+
+
+def _kernel(opened: Opened, work: tuple[Workload, ...], before: Pin | None, asked: str) -> tuple[Decided, str]:
+    """The kernel that a run keeps or takes, and why."""
+    if before is not None and asked in ("auto", before.kernel):
+        return before.kernel, before.why
+    if not has_kernels(opened.recipe):
+        neither = " nor ".join(f"{kind} {name!r}" for kind, name in _parts(opened.recipe))
+        if asked == "fused":
+            raise UserError(f"kernel 'fused': neither {neither} has one; 'auto' takes the plain kernel")
+        return "reference", f"neither {neither} has another"
+    if asked == "fused":
+        problem = unavailable()
+        if problem:
+            raise UserError(f"kernel 'fused': {problem}; 'auto' falls back to the reference")
+        return "fused", "asked for"
+    if asked == "reference":
+        return "reference", "asked for"
+    if opened.device.type != "cpu":
+        return "reference", f"device {opened.device.type}"
+    return decide(lambda: forecast.seconds_of_work(opened, work))
+
+
+def settle_kernel(started: Start, run: Run, say: Callable[[str], None], incident: Callable[[str], None]) -> None:
+    """Take the kernel that a run keeps, compiled before any worker starts; or pin the one chosen now.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    before, asked, pin = read_pin(run.path), started.asked, started.pin
+    fell_back = None
+    try:
+        if pin.kernel == "fused" and must_compile():
+            say("compiling the fused kernel, about 15 s, once")
+        pin.apply()
+    except UserError as problem:
+        cause = problem.__cause__ or problem
+        if before is not None and before.kernel == pin.kernel:
+            raise UserError(
+                f"run {run.path} began with the fused kernel, which cannot be had now ({cause}); "
+                f"--kernel reference continues it with the plain kernel, whose sums differ in the last digits"
+            ) from None
+        if asked != "auto":
+            raise
+        fell_back = str(cause)
+        pin = Pin("reference", fell_back, pin.chunk)
+        pin.apply()
+    if before is not None and before.kernel != pin.kernel:
+        incident(f"kernel: {before.kernel} until now, {pin.kernel} from here on; last digits may differ")
+    opened = started.opened
+    if before is None and asked == "auto" and opened.device.type == "cpu" and has_kernels(opened.recipe):
+        fell_back = fell_back or unavailable()
+    if fell_back:
+        incident(f"kernel: the plain one runs, which is slower: {fell_back}")
+    if pin != before or not (run.path / FILE).is_file():
+        write_pin(run.path, pin)
