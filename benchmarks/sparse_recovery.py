@@ -81,7 +81,8 @@ def plant(
 
         def run(flat: Tensor, inputs: Tensor = inputs, state: Tensor = state) -> Tensor:
             p_edges = flat.view(len(table), len(OPS))
-            return reference.recurrent_mixture(inputs, state, w_input, w_nodes, p_input, p_edges, outputs)
+            x = reference.Operands(inputs, state, w_input, w_nodes)
+            return reference.recurrent_mixture(x, p_input, p_edges, outputs)
 
         predict[split] = run
         clean = run(w.flatten())

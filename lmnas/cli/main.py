@@ -18,6 +18,7 @@ from lmnas.cli.bench import BENCHES, open_bench
 from lmnas.core import registry
 from lmnas.core.errors import Interrupted, UserError
 from lmnas.core.version import VERSION
+from lmnas.nn.kernel_table import CHOICES
 
 STAGE_COMMANDS = {
     "select": "retrain the best candidates shortly",
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--data", help="a corpus name, a text file or a folder with train, valid and test files")
     search.add_argument("--genotype", help="train this genotype (file or name) instead of searching for one")
     search.add_argument(
-        "--kernel", help="what runs the recurrent cell on a CPU: auto, fused or reference (default: as the run began)"
+        "--kernel", help=f"what runs the recurrent cell: {', '.join(CHOICES)} (default: as the run began)"
     )
     search.epilog = "Any value of the recipe may be given by its dotted name: --train.seeds 5 --strategy random"
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmnas.core.contracts import Batch, Choice, Model, Space, relaxed
-from lmnas.nn.kernels import DEFAULT_CHUNK, Decided, planning
+from lmnas.nn.kernels import DEFAULT_CHUNK, keeps_a_block, planning
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -70,7 +70,7 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def kept_bytes(model: Model, batch: Batch, choice: Choice, kernel: Decided) -> tuple[int, int]:
+def kept_bytes(model: Model, batch: Batch, choice: Choice, kernel: str) -> tuple[int, int]:
     """Bytes that autograd holds between forward and backward of one batch.
 
     Args:
@@ -100,7 +100,7 @@ def step_forecast(
     model: Model,
     batch: Batch,
     choice: Choice,
-    kernel: Decided,
+    kernel: str,
     *,
     optimizer_copies: int = 0,
     copies: int = 0,
@@ -118,7 +118,7 @@ def step_forecast(
     return StepBytes(
         weights=weights,
         # autograd sums the plain kernel's over the time steps before they reach the weights
-        gradients=(2 if kernel == "reference" else 1) * used + largest,
+        gradients=(1 if keeps_a_block(kernel) else 2) * used + largest,
         optimizer=optimizer_copies * weights,
         kept=kept,
         logits=0,

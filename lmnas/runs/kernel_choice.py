@@ -8,13 +8,13 @@ import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
 
 import yaml
 
 from lmnas.core.errors import UserError
 from lmnas.core.files import write_json
-from lmnas.nn.kernels import DEFAULT_CHUNK, Decided, set_chunk, set_kernel
+from lmnas.nn.kernel_table import KERNELS
+from lmnas.nn.kernels import DEFAULT_CHUNK, use
 
 FILE = "kernel.json"
 
@@ -23,7 +23,7 @@ FILE = "kernel.json"
 class Pin:
     """What runs the recurrent cell, and how many logits the loss holds at once."""
 
-    kernel: Decided
+    kernel: str
     why: str
     chunk: int
 
@@ -31,10 +31,9 @@ class Pin:
         """Take it in this process.
 
         Raises:
-            UserError: the fused kernel cannot be had.
+            UserError: the kernel cannot be had.
         """
-        set_kernel(self.kernel)
-        set_chunk(self.chunk)
+        use(kernel=self.kernel, chunk=self.chunk)
 
 
 def read_pin(run: Path) -> Pin | None:
@@ -52,9 +51,9 @@ def read_pin(run: Path) -> Pin | None:
         raise UserError(_broken(path, str(error))) from None
     with contextlib.suppress(KeyError, TypeError, ValueError):
         kernel, chunk = document["kernel"], int(document["chunk"])
-        if kernel in get_args(Decided) and chunk > 0:
+        if kernel in KERNELS and chunk > 0:
             return Pin(kernel, str(document.get("why", "")), chunk)
-    raise UserError(_broken(path, "expected kernel (reference or fused) and chunk (a positive number)"))
+    raise UserError(_broken(path, f"expected kernel ({', '.join(KERNELS)}) and chunk (a positive number)"))
 
 
 def _before_pins(run: Path) -> Pin | None:
@@ -63,7 +62,7 @@ def _before_pins(run: Path) -> Pin | None:
     with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
         kernel = (recipe.get("execution") or {}).get("kernel", "reference")
-        if kernel in get_args(Decided):
+        if kernel in KERNELS:
             return Pin(kernel, "as the run began", DEFAULT_CHUNK)
     return None
 

@@ -19,6 +19,7 @@ from lmnas.core.capabilities import refuse_unfit
 from lmnas.core.contracts import SharingStrategy, refuse_unrelaxed
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.registry import STRICT, checked, settings_model
+from lmnas.nn.kernel_table import CHOICES
 from lmnas.nn.training.settings import Training
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -93,9 +94,10 @@ class Execution:
     """Jobs that run side by side. Results do not depend on it."""
     executor: str | None = None
     """A registered executor; default: this process, or several of this machine for several workers."""
-    kernel: Literal["auto", "reference", "fused"] = "auto"
-    """What runs the recurrent cell on a CPU: plain PyTorch (`reference`), or compiled C++ (`fused`, needs a compiler;
-    15 s, once). `auto` decides when a run begins, and the run keeps it."""
+    kernel: str = "auto"
+    """What runs the recurrent cell: plain PyTorch (`reference`); compiled C++ on a CPU (`fused`, needs a compiler; 15 s,
+    once); whole segments with a backward pass by hand, as CUDA graphs on a GPU (`segment`). `auto` decides when a run
+    begins, and the run keeps it."""
     threads: Positive | None = None
     """CPU threads of each job; default: the machine's cores shared among the workers, at most four."""
 
@@ -218,6 +220,9 @@ def check(recipe: Recipe) -> None:
         UserError
     """
     _check_name(recipe.name, "name")
+    if recipe.execution.kernel not in CHOICES:
+        given = recipe.execution.kernel
+        raise UserError(f"execution.kernel: {given!r} is unknown. {nearest(given, CHOICES)}")
     for section in SECTIONS:
         value = getattr(recipe, section)
         if "name" not in value:

@@ -28,7 +28,7 @@ from lmnas.core.contracts import Batch, Mixture
 from lmnas.core.seeds import generator
 from lmnas.core.text import columns
 from lmnas.nn.curvature import METHODS, diagonal, exact_diagonal
-from lmnas.nn.kernels import Decided, recurrent_mixture, set_kernel
+from lmnas.nn.kernels import Operands, recurrent_mixture, use
 from lmnas.report.plots import FAINT, STYLE
 from lmnas.spaces.recurrent.cell import RecurrentCell
 from lmnas.tasks.language_modeling import BatchSettings, LanguageModel, LanguageModeling, ModelSettings, segment
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     sizes = Sizes.small() if options.small else Sizes()
     points: dict[str, dict[str, list[list[list[float]]]]] = {}
     task = LanguageModeling(data="pydoc", max_vocabulary=sizes.vocabulary)
-    set_kernel("reference")  # the trained networks, so the accuracies, are the same with every kernel
+    use(kernel="reference")  # the trained networks, so the accuracies, are the same with every kernel
     for seed in range(n_seeds):
         say(f"network {seed + 1} of {n_seeds} ...")
         for state, steps in (("untrained", 0), ("trained", sizes.steps)):
@@ -180,7 +180,7 @@ def untied(model: LanguageModel, batches: list[Batch], mixture: Mixture) -> Tens
         def loss(tables: Tensor, inputs: Tensor = inputs, h: Tensor = start, targets: Tensor = batch.targets) -> Tensor:
             hs = []
             for x, table in zip(inputs, tables, strict=True):
-                h = recurrent_mixture(x[None], h, *weights, *body.encode({"nodes": table}))[0]
+                h = recurrent_mixture(Operands(x[None], h, *weights), *body.encode({"nodes": table}))[0]
                 hs.append(h)
             return F.cross_entropy(F.linear(torch.cat(hs), *head), targets.flatten())
 
@@ -202,7 +202,7 @@ def agreement(pairs: list[list[list[float]]]) -> dict[str, Any]:
     }
 
 
-def timings(methods: list[str], sizes: Sizes, rounds: int, threads: int, kernel: Decided) -> dict[str, Any]:
+def timings(methods: list[str], sizes: Sizes, rounds: int, threads: int, kernel: str) -> dict[str, Any]:
     """Seconds of every method as passes: forward and backward of the same supernet in float32, by weights and mixture,
     with the plain kernel and with `kernel`. Rounds are interleaved; the least of each counts."""
     space = RecurrentCell(n_nodes=sizes.timed_nodes, batch_norm="none")
@@ -221,13 +221,13 @@ def timings(methods: list[str], sizes: Sizes, rounds: int, threads: int, kernel:
         model(batch, {}, relax(switches, space), False)[0].backward()
         model.zero_grad(set_to_none=True)
 
-    def timed(work: Callable[[], Any], which: Decided) -> float:
-        set_kernel(which)
+    def timed(work: Callable[[], Any], which: str) -> float:
+        use(kernel=which)
         began = now()
         work()
         return now() - began
 
-    kernels: list[Decided] = ["reference"] if kernel == "reference" else ["reference", kernel]
+    kernels = ["reference"] if kernel == "reference" else ["reference", kernel]
     for which in kernels:
         timed(one_pass, which)  # what is built at first use
     passes: dict[str, list[float]] = {which: [] for which in kernels}
@@ -240,7 +240,7 @@ def timings(methods: list[str], sizes: Sizes, rounds: int, threads: int, kernel:
             if number == 0 or taken[name][0] < SLOW * passes["reference"][0]:
                 work = partial(diagonal, name, model, [batch], mixture, 0)
                 taken[name].append(timed(work, kernel))
-    set_kernel(kernel)
+    use(kernel=kernel)
     least = {which: min(found) for which, found in passes.items()}
     result: dict[str, Any] = {"pass": {which: 1000 * seconds for which, seconds in least.items()}}
     for name in methods:

@@ -21,7 +21,6 @@ from lmnas.core.contracts import Model
 from lmnas.core.genotype import Genotype
 from lmnas.core.text import columns
 from lmnas.nn.cost import step_forecast
-from lmnas.nn.kernels import Decided
 from lmnas.report.plots import FAINT, MODEL_COLOURS, STYLE
 
 HELP = "peak memory of training steps, measured and forecast"
@@ -64,7 +63,7 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     }
 
 
-def forecast_bytes(row: Row, kernel: Decided) -> int:
+def forecast_bytes(row: Row, kernel: str) -> int:
     """What `lmnas.nn.cost` says of our side of a row."""
     assert isinstance(row.model, Model) and row.batch is not None
     choice = row.choice

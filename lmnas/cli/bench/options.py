@@ -9,7 +9,8 @@ import torch
 
 from lmnas.cli.bench.contract import Say
 from lmnas.core.errors import UserError, nearest
-from lmnas.nn.kernels import Decided, decide, must_compile, set_kernel
+from lmnas.nn.kernel_table import CHOICES
+from lmnas.nn.kernels import decide, must_compile, use
 from lmnas.runs.build import open_device
 
 
@@ -17,7 +18,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     """--rows, --threads, --kernel, --per-edge, --small."""
     parser.add_argument("--rows", help="only these, separated by commas")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores up to four)")
-    parser.add_argument("--kernel", default="auto", help="what runs our side: auto, fused or reference (default: auto)")
+    parser.add_argument("--kernel", default="auto", help=f"what runs our side: {', '.join(CHOICES)} (default: auto)")
     parser.add_argument("--per-edge", action="store_true", help="the plain side takes one product for every edge")
     # toy sizes, for tests of the bench itself
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
@@ -53,12 +54,18 @@ def settle_threads(given: int | None) -> int:
     return threads
 
 
-def settle_kernel(name: str, say: Say) -> Decided:
-    """Takes the kernel for this process; says so if it is compiled first."""
-    if name in ("auto", "fused") and must_compile():
-        say("compiling the fused kernel, about 15 s, once")
-    kernel: Decided = decide(lambda: math.inf)[0] if name == "auto" else name  # type: ignore[assignment]
-    set_kernel(kernel)
+def settle_kernel(name: str, say: Say) -> str:
+    """Take the kernel for this process, and say so if it is compiled first; returns its name.
+
+    Raises:
+        UserError: unknown, or it cannot be had.
+    """
+    if name not in CHOICES:
+        raise UserError(f"--kernel: {name!r} is unknown. {nearest(name, CHOICES)}")
+    kernel = decide(lambda: math.inf)[0] if name == "auto" else name
+    if must_compile(kernel):
+        say(f"compiling the {kernel} kernel, about 15 s, once")
+    use(kernel=kernel)
     return kernel
 
 

@@ -1,4 +1,4 @@
-"""One side of one row in a process of its own, for its peak of resident memory: `python -m lmnas.bench.peak ...`."""
+"""One side of one row in a process of its own, for its peak of resident memory: `python -m lmnas.cli.bench.peak ...`."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ import torch
 from lmnas.cli.bench.machine import peak_bytes, resident_bytes
 from lmnas.cli.bench.rows import ROWS, Sizes
 from lmnas.core.errors import UserError
-from lmnas.nn.kernels import set_kernel
+from lmnas.nn.kernels import use
 
 SIDES = ("ours", "plain")
 TIMES = 2
@@ -32,7 +32,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     options = arguments().parse_args()
     torch.set_num_threads(options.threads)
-    set_kernel(options.kernel)
+    use(kernel=options.kernel)
     before = resident_bytes()
     row = ROWS[options.row](Sizes.small() if options.small else Sizes(), torch.device("cpu"), options.per_edge)
     work = row.ours if options.side == "ours" else row.plain

@@ -1,42 +1,38 @@
-"""Every hot operation behind one signature; `reference` defines what is right, `dispatch` chooses what runs."""
+"""Every hot operation behind one signature; `reference` defines what is right, `dispatch` runs the kernel chosen."""
 
-from lmnas.nn.kernels.cross_entropy import DEFAULT_CHUNK, set_chunk
+from lmnas.nn.kernels.choice import DEFAULT_CHUNK, Kernels, current, plain, planning, use, using
 from lmnas.nn.kernels.dispatch import (
-    Decided,
     decide,
+    keeps_a_block,
     kernel_in_use,
     linear_cross_entropy,
     must_compile,
-    plain,
-    planning,
     recurrent_mixture,
-    recurrent_mixture_many,
     recurrent_path,
-    recurrent_path_many,
-    set_kernel,
     unavailable,
 )
-from lmnas.nn.kernels.reference import OPS, BatchNorm, Program, edges, first_edge
+from lmnas.nn.kernels.reference import OPS, BatchNorm, Operands, Program, edges, first_edge
 
 __all__ = [
     "DEFAULT_CHUNK",
     "OPS",
     "BatchNorm",
-    "Decided",
+    "Kernels",
+    "Operands",
     "Program",
+    "current",
     "decide",
     "edges",
     "first_edge",
+    "keeps_a_block",
     "kernel_in_use",
     "linear_cross_entropy",
     "must_compile",
     "plain",
     "planning",
     "recurrent_mixture",
-    "recurrent_mixture_many",
     "recurrent_path",
-    "recurrent_path_many",
-    "set_chunk",
-    "set_kernel",
     "unavailable",
+    "use",
+    "using",
 ]

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = 5_000_000
-"""Logits held at once: about the size of a processor's cache."""
+from lmnas.nn.kernels.choice import current
 
 
 def linear_cross_entropy_reference(
@@ -42,18 +41,9 @@ def linear_cross_entropy(
     return _Chunked.apply(hidden, weight, bias, targets, ignore)
 
 
-DEFAULT_CHUNK = CHUNK_ELEMENTS
-
-
-def set_chunk(elements: int) -> None:
-    """How many logits are held at once in this process. Sums depend on it in their last digits, so a run keeps it."""
-    global CHUNK_ELEMENTS
-    CHUNK_ELEMENTS = elements
-
-
 def chunk_rows(n_classes: int) -> int:
     """Predictions whose logits are held at once."""
-    return max(1, CHUNK_ELEMENTS // n_classes)
+    return max(1, current().chunk // n_classes)
 
 
 def scaled(context, gradient: Tensor) -> tuple[Tensor | None, ...]:

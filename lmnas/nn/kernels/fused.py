@@ -4,7 +4,7 @@ The extension is compiled once and kept in the user's cache directory, by source
 It is compiled here and not by `torch.utils.cpp_extension`, which needs ninja and Python's headers; it needs neither.
 
 Exact: equal to the reference but for the order of sums. What it does not take (other devices and types, autocast, a
-gradient of a mask, a gradient of a gradient) is the reference's, see `takes`.
+gradient of a mask, a gradient of a gradient) is the reference's, see `Segment.takes`.
 """
 
 import hashlib
@@ -13,16 +13,17 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lmnas.core.errors import UserError
 from lmnas.nn.kernels.cross_entropy import chunk_rows, scaled
 from lmnas.nn.kernels.library import keep_freed_memory
-from lmnas.nn.kernels.reference import BatchNorm, Program
+from lmnas.nn.kernels.reference import Operands, Program
+from lmnas.nn.kernels.segment import Segment, one_floating_type
 
 SOURCES = sorted((Path(__file__).parent / "csrc").glob("*.cpp"))
 HEADERS = sorted((Path(__file__).parent / "csrc").glob("*.h"))
@@ -129,27 +130,6 @@ def load() -> None:
 # ------------------------------------------------------------------------------------------------ running
 
 
-def takes(
-    inputs: Tensor, state: Tensor, weights: Sequence[Tensor], mask_x: Tensor | None, mask_h: Tensor | None
-) -> bool:
-    """Whether these arguments run here; the reference takes all the others."""
-    masks = [mask for mask in (mask_x, mask_h) if mask is not None]
-    return takes_plain(inputs, state, *weights, *masks) and all(
-        mask.shape == state.shape and not mask.requires_grad for mask in masks
-    )
-
-
-def takes_plain(first: Tensor, *others: Tensor) -> bool:
-    """Whether the extension takes these operands: on a CPU, of one floating type."""
-    return (
-        first.device.type == "cpu"
-        and first.dtype in (torch.float32, torch.float64)
-        and first.numel() > 0
-        and all(t.dtype == first.dtype and t.device == first.device for t in others)
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
 class _Segment(torch.autograd.Function):
     @staticmethod
     def forward(context, settings: tuple, mask_x, mask_h, *tensors: Tensor) -> Tensor:
@@ -179,49 +159,6 @@ class _Segment(torch.autograd.Function):
         return (None, None, None, *gradients)
 
 
-def _run(settings: tuple, mask_x: Tensor | None, mask_h: Tensor | None, *tensors: Tensor) -> Tensor:
-    load()
-    if not torch.is_grad_enabled():  # autograd would tell `forward` that gradients are needed all the same
-        tensors = tuple(tensor.detach() for tensor in tensors)
-    return _Segment.apply(settings, mask_x, mask_h, *tensors)
-
-
-def recurrent_path(
-    inputs: Tensor,
-    state: Tensor,
-    w_input: Tensor,
-    w_nodes: Sequence[Tensor],
-    program: Program,
-    mask_x: Tensor | None = None,
-    mask_h: Tensor | None = None,
-    batch_norm: BatchNorm = "none",
-) -> Tensor:
-    """`reference.recurrent_path`, differentiable once."""
-    shares = inputs.new_zeros(len(program.ops))
-    for node in program.outputs:
-        shares[node] += 1.0 / len(program.outputs)
-    unused = inputs.new_empty(0)
-    settings = (list(program.ops), list(program.inputs), batch_norm)
-    return _run(settings, mask_x, mask_h, inputs, state, w_input, unused, unused, shares, *w_nodes)
-
-
-def recurrent_mixture(
-    inputs: Tensor,
-    state: Tensor,
-    w_input: Tensor,
-    w_nodes: Sequence[Tensor],
-    p_input: Tensor,
-    p_edges: Tensor,
-    output_weights: Tensor,
-    mask_x: Tensor | None = None,
-    mask_h: Tensor | None = None,
-    batch_norm: BatchNorm = "none",
-) -> Tensor:
-    """`reference.recurrent_mixture`, differentiable once."""
-    tensors = (inputs, state, w_input, p_input, p_edges, output_weights, *w_nodes)
-    return _run(([], [], batch_norm), mask_x, mask_h, *tensors)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int) -> Tensor:
@@ -236,11 +173,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return scaled(context, gradient)
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int = -100
-) -> Tensor:
-    """`cross_entropy.linear_cross_entropy`, differentiable once."""
-    load()
-    if not torch.is_grad_enabled():
-        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore)
+class Fused(Segment):
+    """The extension on a CPU; on a GPU the recorded segments of the base class. Differentiable once."""
+
+    runs_on = {"cpu": "fused", "cuda": "graphs"}
+
+    def unavailable(self) -> str | None:
+        try:
+            library_path()
+        except Unavailable as problem:
+            return str(problem)
+        return None
+
+    def must_compile(self) -> bool:
+        return self.unavailable() is None and not is_cached()
+
+    def prepare(self) -> None:
+        try:
+            load()
+        except Unavailable as problem:
+            raise UserError(f"kernel 'fused': {problem}; 'auto' falls back to the reference") from problem
+
+    def recurrent_path(self, x: Operands, program: Program, sampled: bool = False) -> Tensor:
+        if x.inputs.device.type != "cpu":
+            return super().recurrent_path(x, program, sampled)
+        shares = x.inputs.new_zeros(len(program.ops))
+        for node in program.outputs:
+            shares[node] += 1.0 / len(program.outputs)
+        unused = x.inputs.new_empty(0)
+        return self._run(x, (list(program.ops), list(program.inputs)), unused, unused, shares)
+
+    def recurrent_mixture(self, x: Operands, p_input: Tensor, p_edges: Tensor, output_weights: Tensor) -> Tensor:
+        if x.inputs.device.type != "cpu":
+            return super().recurrent_mixture(x, p_input, p_edges, output_weights)
+        return self._run(x, ([], []), p_input, p_edges, output_weights)
+
+    @staticmethod
+    def _run(x: Operands, program: tuple[list[int], list[int]], *mixture: Tensor) -> Tensor:
+        load()
+        tensors = (x.inputs, x.state, x.w_input, *mixture, *x.w_nodes)
+        if not torch.is_grad_enabled():  # autograd would tell `forward` that gradients are needed all the same
+            tensors = tuple(tensor.detach() for tensor in tensors)
+        return _Segment.apply((*program, x.batch_norm), x.mask_x, x.mask_h, *tensors)
+
+    def takes_softmax(self, hidden: Tensor, *others: Tensor) -> bool:
+        return hidden.device.type == "cpu" and one_floating_type(hidden, *others)
+
+    def linear_cross_entropy(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int = -100
+    ) -> Tensor:
+        load()
+        if not torch.is_grad_enabled():
+            hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore)

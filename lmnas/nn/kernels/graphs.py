@@ -2,7 +2,7 @@
 
 Nine dependent products times 35 time steps are hundreds of kernels of a few microseconds; launched one by one, the GPU
 waits for the processor. A graph (https://docs.nvidia.com/cuda/cuda-c-programming-guide, "CUDA Graphs") is launched at
-once. The operations are those of `segment`; here is only what recording asks for:
+once. The operations are those of `passes`; here is only what recording asks for:
 
 - A graph reads and writes fixed addresses. All that is passed in, kept from forward to backward or handed out lies in
   one block of memory (`Workspace`), laid out anew for every key and shared by all of them, so that memory is bounded by
@@ -29,9 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lmnas.nn.kernels import segment
-from lmnas.nn.kernels.reference import BatchNorm, Program
-from lmnas.nn.kernels.segment import Arguments, Eager, Plan, Tape, Wants, backward, forward, lay_tape, result_of
+from lmnas.nn.kernels.passes import Arguments, Eager, Plan, Tape, Wants, backward, forward, lay_tape
 
 MAX_RECORDINGS = 128
 """Keys recorded at a time: all the random lengths of a training, its evaluation, and room."""
@@ -235,7 +233,7 @@ class Recorded:
             if entry is None:
                 return self.eager.forward(plan, x, wants)
             ticket = self._replay_forward(entry, x)
-            return result_of(entry.tape), ticket
+            return entry.tape.hs.clone(), ticket
 
     def _replay_forward(self, entry: Entry, x: Arguments) -> Ticket:
         _copy_in(entry.arguments, x)
@@ -304,96 +302,3 @@ def _copy_in(places: Sequence[Tensor | None], values: Sequence[Tensor | None]) -
 
 recorded = Recorded()
 """The recordings of this process."""
-
-
-def takes(
-    inputs: Tensor, state: Tensor, weights: Sequence[Tensor], mask_x: Tensor | None, mask_h: Tensor | None
-) -> bool:
-    """Whether these arguments run here; the reference takes all the others."""
-    masks = [mask for mask in (mask_x, mask_h) if mask is not None]
-    return (
-        inputs.device.type == "cuda"
-        and inputs.dtype in (torch.float32, torch.float64)
-        and inputs.numel() > 0
-        and all(t.dtype == inputs.dtype and t.device == inputs.device for t in (state, *weights, *masks))
-        and all(mask.shape == state.shape and not mask.requires_grad for mask in masks)
-        and not torch.is_autocast_enabled("cuda")
-    )
-
-
-def _runner(inputs: Tensor) -> segment.Runner:
-    # inside somebody else's recording ours cannot be replayed, but its operations can be recorded
-    if inputs.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return Eager()
-    return recorded
-
-
-def recurrent_path(
-    inputs: Tensor,
-    state: Tensor,
-    w_input: Tensor,
-    w_nodes: Sequence[Tensor],
-    program: Program,
-    mask_x: Tensor | None = None,
-    mask_h: Tensor | None = None,
-    batch_norm: BatchNorm = "none",
-    sampled: bool = False,
-) -> Tensor:
-    """`reference.recurrent_path`, differentiable once.
-
-    Args:
-        sampled: the next call will have another program: one recording serves them all.
-    """
-    runner = _runner(inputs)
-    return segment.recurrent_path(inputs, state, w_input, w_nodes, program, mask_x, mask_h, batch_norm, runner, sampled)
-
-
-def recurrent_mixture(
-    inputs: Tensor,
-    state: Tensor,
-    w_input: Tensor,
-    w_nodes: Sequence[Tensor],
-    p_input: Tensor,
-    p_edges: Tensor,
-    output_weights: Tensor,
-    mask_x: Tensor | None = None,
-    mask_h: Tensor | None = None,
-    batch_norm: BatchNorm = "none",
-) -> Tensor:
-    """`reference.recurrent_mixture`, differentiable once."""
-    mixture = (p_input, p_edges, output_weights)
-    runner = _runner(inputs)
-    return segment.recurrent_mixture(inputs, state, w_input, w_nodes, *mixture, mask_x, mask_h, batch_norm, runner)
-
-
-def recurrent_path_many(
-    inputs: Tensor,
-    state: Tensor,
-    w_input: Tensor,
-    w_nodes: Sequence[Tensor],
-    programs: Program | Sequence[Program],
-    mask_x: Tensor | None = None,
-    mask_h: Tensor | None = None,
-    batch_norm: BatchNorm = "none",
-) -> Tensor:
-    """`segment.recurrent_path_many`, recorded where there is a GPU."""
-    runner = _runner(inputs)
-    return segment.recurrent_path_many(inputs, state, w_input, w_nodes, programs, mask_x, mask_h, batch_norm, runner)
-
-
-def recurrent_mixture_many(
-    inputs: Tensor,
-    state: Tensor,
-    w_input: Tensor,
-    w_nodes: Sequence[Tensor],
-    p_input: Tensor,
-    p_edges: Tensor,
-    output_weights: Tensor,
-    mask_x: Tensor | None = None,
-    mask_h: Tensor | None = None,
-    batch_norm: BatchNorm = "none",
-) -> Tensor:
-    """`segment.recurrent_mixture_many`, recorded where there is a GPU."""
-    mixture = (p_input, p_edges, output_weights)
-    runner = _runner(inputs)
-    return segment.recurrent_mixture_many(inputs, state, w_input, w_nodes, *mixture, mask_x, mask_h, batch_norm, runner)

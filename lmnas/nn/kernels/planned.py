@@ -1,4 +1,4 @@
-"""What the fused cell would keep, without running it: its stand-in on the `meta` device, where tensors have no memory.
+"""Stand-in of the fused cell on the `meta` device, where tensors have no memory: it holds what the cell would keep.
 
 A forecast runs a model there and counts what autograd holds. The plain reference can be run so as it is; the fused
 kernel keeps one block, which is laid out here with the sizes of `recurrent.cpp`, and what its backward adds.
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from lmnas.nn.kernels.reference import Operands
 
 
 def fused_elements(steps: int, batch: int, width: int, n_nodes: int, n_readers: int) -> int:
@@ -40,8 +42,8 @@ class _Held(torch.autograd.Function):
         raise NotImplementedError("a forecast has no gradients")
 
 
-def recurrent(inputs: Tensor, state: Tensor, weights: Sequence[Tensor], n_nodes: int, n_readers: int) -> Tensor:
+def recurrent(x: Operands, weights: Sequence[Tensor], n_nodes: int, n_readers: int) -> Tensor:
     """(T, B, H) on `meta`; autograd holds what the fused kernel would."""
-    steps, batch, width = inputs.shape
+    steps, batch, width = x.inputs.shape
     count = fused_elements(steps, batch, width, n_nodes, n_readers)
-    return _Held.apply(count, inputs, state, *weights)
+    return _Held.apply(count, x.inputs, x.state, *weights)

@@ -27,12 +27,12 @@ from lmnas.nn.curvature import RecurrentSupernet
 from lmnas.nn.kernels import (
     OPS,
     BatchNorm,
+    Operands,
     Program,
     edges,
     first_edge,
     recurrent_mixture,
     recurrent_path,
-    recurrent_path_many,
 )
 from lmnas.nn.ops.dropout import draw_mask
 from lmnas.spaces.recurrent import RECURRENT
@@ -53,7 +53,7 @@ class RecurrentCell(Relaxed):
 
     name = "recurrent-cell"
     makes = RECURRENT
-    kernels = frozenset({"fused"})
+    kernels = frozenset({"fused", "segment"})
     noun = "cell"
 
     def __init__(
@@ -218,48 +218,10 @@ class Cell(Body):
 
     def forward(self, inputs: Tensor, state: Tensor, masks: Masks, choice: Choice = None) -> tuple[Tensor, Tensor]:
         """`choice` is ignored: a stand-alone cell can do one thing."""
-        hs = recurrent_path(
-            inputs,
-            state,
-            self.w_input,
-            list(self.w_nodes),
-            self.program,
-            masks.get("x"),
-            masks.get("hidden"),
-            self.batch_norm,
-        )
+        weights = self.w_input, list(self.w_nodes)
+        x = Operands(inputs, state, *weights, masks.get("x"), masks.get("hidden"), self.batch_norm)
+        hs = recurrent_path(x, self.program)
         return hs, hs[-1]
-
-    @staticmethod
-    def forward_many(
-        cells: Sequence["Cell"], inputs: Tensor, states: Sequence[Tensor], masks: Sequence[Masks]
-    ) -> Tensor:
-        """Several cells of one size at once.
-
-        Args:
-            cells: S of them, whatever their programs.
-            inputs: (S, T, B, H).
-            states: S of (B, H).
-            masks: S of them, of the same names.
-
-        Returns:
-            (S, T, B, H).
-        """
-        first = cells[0]
-        programs = [cell.program for cell in cells]
-        mask_x, mask_h = (
-            torch.stack([mask[name] for mask in masks]) if name in masks[0] else None for name in ("x", "hidden")
-        )
-        return recurrent_path_many(
-            inputs,
-            torch.stack(list(states)),
-            torch.stack([cell.w_input for cell in cells]),
-            [torch.stack(weights) for weights in zip(*(cell.w_nodes for cell in cells), strict=True)],
-            first.program if len(set(programs)) == 1 else programs,
-            mask_x,
-            mask_h,
-            first.batch_norm,
-        )
 
 
 class CellSupernet(RecurrentSupernet):
@@ -284,26 +246,14 @@ class CellSupernet(RecurrentSupernet):
         return [first_edge(i) + source for i, source in enumerate(program.inputs, start=1)]
 
     def forward(self, inputs: Tensor, state: Tensor, masks: Masks, choice: Choice = None) -> tuple[Tensor, Tensor]:
-        mask_x, mask_h = masks.get("x"), masks.get("hidden")
+        dropped = masks.get("x"), masks.get("hidden"), self.space.batch_norm
         if isinstance(choice, Genotype):
             program = self.space.program(choice)
             weights = [self.w_nodes[row] for row in self._path_rows(program)]
-            batch_norm = self.space.batch_norm
-            hs = recurrent_path(inputs, state, self.w_input, weights, program, mask_x, mask_h, batch_norm, sampled=True)
+            hs = recurrent_path(Operands(inputs, state, self.w_input, weights, *dropped), program, sampled=True)
         elif choice is not None:
-            p_input, p_edges, output_weights = self.encode(choice)
-            hs = recurrent_mixture(
-                inputs,
-                state,
-                self.w_input,
-                list(self.w_nodes),
-                p_input,
-                p_edges,
-                output_weights,
-                mask_x,
-                mask_h,
-                self.space.batch_norm,
-            )
+            x = Operands(inputs, state, self.w_input, list(self.w_nodes), *dropped)
+            hs = recurrent_mixture(x, *self.encode(choice))
         else:
             raise ValueError("a supernet needs a choice: a genotype or a mixture")
         return hs, hs[-1]

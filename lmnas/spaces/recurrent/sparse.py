@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lmnas.core.contracts import Body, Choice, Diagram, Masks, Mixture
 from lmnas.core.decisions import Decisions, OneOf, Subset
 from lmnas.core.genotype import Genotype
-from lmnas.nn.kernels import OPS, edges, first_edge, recurrent_mixture
+from lmnas.nn.kernels import OPS, Operands, edges, first_edge, recurrent_mixture
 from lmnas.spaces.recurrent.cell import Cell, CellSupernet, RecurrentCell, activation_name
 
 MOST_SAMPLED = 3
@@ -159,11 +159,8 @@ class SparseCell(Body):
 
     def forward(self, inputs: Tensor, state: Tensor, masks: Masks, choice: Choice = None) -> Any:
         """`choice` is ignored: a stand-alone cell can do one thing."""
-        p_input, p_edges, output_weights = _encode(self.first, self.inputs, self.w_input)
-        mask_x, mask_h = masks.get("x"), masks.get("hidden")
-        hs = recurrent_mixture(
-            inputs, state, self.w_input, list(self.w_nodes), p_input, p_edges, output_weights, mask_x, mask_h, "none"
-        )
+        x = Operands(inputs, state, self.w_input, list(self.w_nodes), masks.get("x"), masks.get("hidden"))
+        hs = recurrent_mixture(x, *_encode(self.first, self.inputs, self.w_input))
         return hs, hs[-1]
 
 
@@ -179,12 +176,9 @@ class SparseSupernet(CellSupernet):
         if not isinstance(choice, Genotype):
             return super().forward(inputs, state, masks, choice)
         first = choice.choices[activation_name(0)]
-        p_input, p_edges, output_weights = _encode(first, self.space.inputs(choice), self.w_input)
         weights = [self.w_nodes[row] for row in self._rows(choice)]
-        mask_x, mask_h = masks.get("x"), masks.get("hidden")
-        hs = recurrent_mixture(
-            inputs, state, self.w_input, weights, p_input, p_edges, output_weights, mask_x, mask_h, "none"
-        )
+        x = Operands(inputs, state, self.w_input, weights, masks.get("x"), masks.get("hidden"))
+        hs = recurrent_mixture(x, *_encode(first, self.space.inputs(choice), self.w_input))
         return hs, hs[-1]
 
     def inherit(self, genotype: Genotype) -> dict[str, Tensor]:

@@ -43,7 +43,8 @@ class Case:
         hs = []
         for t, x in enumerate(self.inputs):
             mixture = (p_input, p_edges) if steps is None else (p_input[t], p_edges[t])
-            h = reference.recurrent_mixture(x[None], h, self.w_input, self.w_nodes, *mixture, self.outputs)[0]
+            operands = reference.Operands(x[None], h, self.w_input, self.w_nodes)
+            h = reference.recurrent_mixture(operands, *mixture, self.outputs)[0]
             hs.append(h)
         hs = torch.stack(hs)
         return ((self.a * hs).exp() + self.b * hs).sum()
