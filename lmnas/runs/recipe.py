@@ -9,7 +9,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
@@ -95,7 +95,7 @@ class Execution:
     executor: str | None = None
     """A registered executor; default: this process, or several of this machine for several workers."""
     kernel: str = "auto"
-    """What runs the recurrent cell: plain PyTorch (`reference`); compiled C++ on a CPU (`fused`, needs a compiler; 15 s,
+    """What runs the recurrent cell: plain PyTorch (`reference`); compiled C++ on a CPU (`fused`, needs a compiler; 15 s
     once); whole segments with a backward pass by hand, as CUDA graphs on a GPU (`segment`). `auto` decides when a run
     begins, and the run keeps it."""
     threads: Positive | None = None

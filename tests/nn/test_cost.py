@@ -20,7 +20,8 @@ from lmnas.core.errors import UserError
 from lmnas.core.seeds import generator, rng
 from lmnas.nn import cost as forecast
 from lmnas.nn.cost import StepBytes, available, forward_flops, kept_bytes, step_forecast, training_bytes
-from lmnas.nn.kernels import DEFAULT_CHUNK, cross_entropy, fused, set_chunk
+from lmnas.nn.kernels import DEFAULT_CHUNK, fused, using
+from lmnas.nn.kernels.cross_entropy import linear_cross_entropy
 from lmnas.nn.kernels.planned import fused_elements
 from lmnas.nn.kernels.reference import Program
 from lmnas.nn.training.settings import Training
@@ -338,15 +339,13 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("elements, rows", [(80, 4), (139, 6), (1, 1), (10_000, 12)])
-def test_no_more_logits_are_held_than_were_set(elements, rows, monkeypatch):
+def test_no_more_logits_are_held_than_were_set(elements, rows):
     """Of 12 predictions over 20 classes, from 2 features; the loss stays the same."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", cross_entropy.CHUNK_ELEMENTS)
     noise = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(12, 2, generator=noise), torch.randn(20, 2, generator=noise)
     targets = torch.arange(12)
-    set_chunk(elements)
-    with Largest() as largest:
-        loss = cross_entropy.linear_cross_entropy(hidden, weight, None, targets)
+    with using(chunk=elements), Largest() as largest:
+        loss = linear_cross_entropy(hidden, weight, None, targets)
     assert largest.found == max(20 * rows, weight.numel())
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.t(), targets))
 

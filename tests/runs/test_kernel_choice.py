@@ -12,7 +12,9 @@ from killing import assert_same, go, incidents
 
 from lmnas.cli import main as cli
 from lmnas.core.errors import UserError
-from lmnas.nn.kernels import DEFAULT_CHUNK, cross_entropy, dispatch, fused, kernel_in_use
+from lmnas.core.events import read_events
+from lmnas.nn.kernels import DEFAULT_CHUNK, current, decide, fused, kernel_in_use, use, using
+from lmnas.nn.kernels.fused import Fused
 from lmnas.runs import build, driver, forecast, start
 from lmnas.runs.directory import Run
 from lmnas.runs.executors import inline
@@ -25,16 +27,11 @@ SHORT = ("search",)
 
 
 @pytest.fixture(autouse=True)
-def world(tmp_path_factory, monkeypatch, cache):
+def world(cache):
     """Kernel, chunk and threads as they were, after the test."""
-    for owner, names in (
-        (dispatch, ("_used",)),
-        (cross_entropy, ("CHUNK_ELEMENTS",)),
-    ):
-        for name in names:
-            monkeypatch.setattr(owner, name, getattr(owner, name))
     threads = torch.get_num_threads()
-    yield
+    with using():
+        yield
     torch.set_num_threads(threads)
 
 
@@ -91,10 +88,10 @@ def test_auto_is_the_default(text):
 )
 def test_what_auto_means(monkeypatch, cached, seconds, expected):
     """Compiling pays from twice its 30 seconds on."""
-    monkeypatch.setattr(dispatch, "unavailable", lambda: None)
+    monkeypatch.setattr(Fused, "unavailable", lambda self: None)
     monkeypatch.setattr(fused, "is_cached", lambda: cached)
     assert fused.COMPILE_SECONDS == 30
-    assert dispatch.decide(lambda: seconds) == expected
+    assert decide(lambda: seconds) == expected
 
 
 def test_a_gpu_runs_the_reference(text, tmp_path, monkeypatch):
@@ -129,7 +126,7 @@ def test_compiling_is_announced_before_any_job(text, tmp_path, monkeypatch, capf
     """And in the driver, so that no worker compiles."""
     steps = []
     monkeypatch.setattr(start, "decide", lambda seconds: ("fused", "pays"))
-    monkeypatch.setattr(start, "must_compile", lambda: True)
+    monkeypatch.setattr(start, "must_compile", lambda kernel: kernel == "fused")
     monkeypatch.setattr(fused, "load", lambda: steps.append("compiled"))
     monkeypatch.setattr(driver.Driver, "executing", lambda self: steps.append("workers") or partial_stop())
     with Run(tmp_path / "run", load_recipe(recipe(text, "auto"))) as run, Display() as display, pytest.raises(Stop):
@@ -156,7 +153,35 @@ def test_fused_asked_for_without_a_compiler_leaves_no_run(text, tmp_path, no_com
 def test_the_option_is_checked(text, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(text, "reference")))
     assert cli.main(["search", str(tmp_path / "recipe.yaml"), "--kernel", "fusd"]) == 2
-    assert "execution.kernel: input should be 'auto', 'reference' or 'fused', got 'fusd'" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "execution.kernel: 'fusd' is unknown. Did you mean 'fused'?" in line
+    assert all(name in line for name in CHOICES)
+
+
+def test_a_run_by_the_segment_kernel(text, tmp_path, compiled):
+    """Through the command line: search, selection and training give what the reference gives, to rounding, and a
+    second run gives the same bits; the run keeps its kernel."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(text, "auto")))
+    losses = {}
+    for run, kernel in (("plain", "reference"), ("one", "segment"), ("two", "segment")):
+        path = tmp_path / run
+        assert cli.main(["search", str(tmp_path / "recipe.yaml"), "--run", str(path), "--kernel", kernel]) == 0
+        assert kernels(path) == (kernel,) * 3 and incidents(path) == []
+        losses[run] = [
+            event["train_loss"]
+            for events in sorted(path.glob("jobs/*/events.jsonl"))
+            for event in read_events(events)
+            if event["event"] == "epoch"
+        ]
+    assert losses["one"] == losses["two"] != losses["plain"]
+    assert losses["one"] == pytest.approx(losses["plain"], rel=1e-3)
+
+
+def test_spaces_without_the_kernel_refuse_it(text, tmp_path, capsys):
+    document = recipe(text, "segment", space={"name": "lstm"})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
+    assert cli.main(["search", str(tmp_path / "recipe.yaml"), "--run", str(tmp_path / "run")]) == 2
+    assert "kernel 'segment': neither space 'lstm' nor task 'language-modeling' has one" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- keeping
@@ -212,10 +237,9 @@ def test_every_job_follows_the_pin(text, tmp_path, monkeypatch):
     original = inline.Inline.run
 
     def spoiled(self, jobs):
-        dispatch.set_kernel("fused")
-        cross_entropy.set_chunk(99)
+        use(kernel="fused", chunk=99)
         for name, result in original(self, jobs):
-            seen.append((kernel_in_use(), cross_entropy.CHUNK_ELEMENTS))
+            seen.append((kernel_in_use(), current().chunk))
             yield name, result
 
     monkeypatch.setattr(inline.Inline, "run", spoiled)

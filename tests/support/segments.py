@@ -1,21 +1,37 @@
-"""Random segments of several seeds, and their answers by the reference, one seed after the other."""
+"""Random segments of the recurrent cell, and how far a kernel is from the reference on them."""
+
+import copy
+from dataclasses import replace
 
 import torch
 
-from lmnas.core.seeds import generator
-from lmnas.nn.kernels import edges, reference, segment
+from lmnas.core.seeds import generator, rng
+from lmnas.nn.kernels import Operands, Program, edges
+from lmnas.nn.kernels.reference import Reference
 from lmnas.nn.ops.dropout import draw_mask
+from lmnas.spaces.recurrent.cell import RecurrentCell
+
+BATCH_NORMS = ("none", "nodes", "output")
+MASKS = ((False, False), (True, False), (False, True), (True, True))
+PROGRAM = Program((0, 1, 2, 0), (0, 0, 1), (1, 2, 3))
+"""Of three nodes after node 0."""
+REFERENCE = Reference()
+
+
+def random_program(n, output, *seed):
+    """Of `n` nodes after node 0."""
+    space = RecurrentCell(n_nodes=n, input_activation="searched", output=output)
+    return space.program(space.sample(rng(0, "programs", *seed)))
 
 
 class Problem:
-    """Random arguments for S seeds of a cell with `n` nodes after node 0.
+    """Random arguments of a cell with `n` nodes after node 0.
 
-    `programs` is one Program for all seeds or a list of one each; None: a mixture.
+    `program` None: a mixture. `sampled`: the program is one of many.
     """
 
     def __init__(
         self,
-        s,
         t,
         b,
         h,
@@ -24,7 +40,8 @@ class Problem:
         seed,
         masks=(False, False),
         sharing="node",
-        programs=None,
+        program=None,
+        sampled=False,
         dtype=torch.float64,
         device="cpu",
     ):
@@ -35,60 +52,50 @@ class Problem:
             return values.to(device, dtype).requires_grad_()
 
         scale = h**-0.5
-        self.inputs, self.state = random(s, t, b, h), random(s, b, h)
-        self.w_input = random(s, 2 * h, 2 * h, scale=scale)
-        count = n if programs is not None or sharing == "node" else len(edges(n))
-        self.w_nodes = [random(s, h, 2 * h, scale=scale) for _ in range(count)]
-        self.masks = [draw_mask((s, b, h), 0.4, noise, self.inputs) if mask else None for mask in masks]
-        self.programs = programs
+        self.inputs, self.state = random(t, b, h), random(b, h)
+        self.w_input = random(2 * h, 2 * h, scale=scale)
+        count = n if program is not None or sharing == "node" else len(edges(n))
+        self.w_nodes = [random(h, 2 * h, scale=scale) for _ in range(count)]
+        self.masks = [draw_mask((b, h), 0.4, noise, self.inputs) if mask else None for mask in masks]
+        self.program, self.sampled = program, sampled
         self.mixture = []
-        if programs is None:
+        if program is None:
             # the fifth column is `none`, whose mass is missing from the rows
-            rows = [
-                random(s, 5).detach().softmax(-1)[..., :4],
-                random(s, len(edges(n)), 5).detach().softmax(-1)[..., :4],
-            ]
-            self.mixture = [p.clone().requires_grad_() for p in (*rows, random(s, n + 1).detach().softmax(-1))]
-        self.gradient = random(s, t, b, h).detach()
+            rows = [random(5).detach().softmax(0)[:4], random(len(edges(n)), 5).detach().softmax(1)[:, :4]]
+            self.mixture = [p.clone().requires_grad_() for p in (*rows, random(n + 1).detach().softmax(0))]
+        self.gradient = random(t, b, h).detach()
 
     @property
     def leaves(self):
         return [self.inputs, self.state, self.w_input, *self.w_nodes, *self.mixture]
 
-    def run(self, runner=None, batch_norm="none"):
-        """All seeds at once, by `segment`."""
-        weights = (self.inputs, self.state, self.w_input, self.w_nodes)
-        if self.programs is not None:
-            return segment.recurrent_path_many(*weights, self.programs, *self.masks, batch_norm, runner)
-        return segment.recurrent_mixture_many(*weights, *self.mixture, *self.masks, batch_norm, runner)
+    def operands(self, batch_norm="none"):
+        return Operands(self.inputs, self.state, self.w_input, self.w_nodes, *self.masks, batch_norm)
 
-    def alone(self, batch_norm="none", kernel=reference):
-        """One seed after the other."""
-        hs = []
-        for s in range(len(self.inputs)):
-            weights = (self.inputs[s], self.state[s], self.w_input[s], [w[s] for w in self.w_nodes])
-            masks = [None if mask is None else mask[s] for mask in self.masks]
-            if self.programs is not None:
-                program = self.programs[s] if isinstance(self.programs, list) else self.programs
-                hs.append(kernel.recurrent_path(*weights, program, *masks, batch_norm))
-            else:
-                hs.append(kernel.recurrent_mixture(*weights, *(p[s] for p in self.mixture), *masks, batch_norm))
-        return torch.stack(hs)
+    def run(self, kernel=REFERENCE, batch_norm="none", **changes):
+        x = replace(self.operands(batch_norm), **changes)
+        if self.program is not None:
+            return kernel.recurrent_path(x, self.program, self.sampled)
+        return kernel.recurrent_mixture(x, *self.mixture)
 
-    def gradients(self, hs):
+    def gradients(self, hs, **settings):
         """Of all leaves; zero where one has no part in the result."""
-        gradients = torch.autograd.grad(hs, self.leaves, self.gradient, allow_unused=True)
+        gradients = torch.autograd.grad(hs, self.leaves, self.gradient, allow_unused=True, **settings)
         return [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, self.leaves, strict=True)]
 
-    def to(self, dtype):
-        """The same problem in another type."""
-        twin = object.__new__(Problem)
-        twin.programs, twin.gradient = self.programs, self.gradient.to(dtype)
-        twin.masks = [None if mask is None else mask.to(dtype) for mask in self.masks]
-        for name in ("inputs", "state", "w_input"):
-            setattr(twin, name, getattr(self, name).detach().to(dtype).requires_grad_())
+    def solution(self, kernel=REFERENCE, batch_norm="none"):
+        """The result and the gradients of all leaves."""
+        hs = self.run(kernel, batch_norm)
+        return [hs, *self.gradients(hs)]
+
+    def doubled(self):
+        """The same problem in float64."""
+        twin = copy.copy(self)
+        for name in ("inputs", "state", "w_input", "gradient"):
+            setattr(twin, name, getattr(self, name).detach().double().requires_grad_())
         for name in ("w_nodes", "mixture"):
-            setattr(twin, name, [v.detach().to(dtype).requires_grad_() for v in getattr(self, name)])
+            setattr(twin, name, [v.detach().double().requires_grad_() for v in getattr(self, name)])
+        twin.masks = [None if mask is None else mask.double() for mask in self.masks]
         return twin
 
 
@@ -100,15 +107,17 @@ def errors(ours, plain):
     ]
 
 
-def assert_equal(problem, batch_norm="none", runner=None):
+def assert_equal(problem, kernel, batch_norm="none"):
     """Values and all gradients: to 1e-10 in float64. In float32 to 1e-5, or to three times the reference's own distance
     from float64: a few problems are so sensitive to rounding that two correct programs differ by more.
     """
-    hs, plain = problem.run(runner, batch_norm), problem.alone(batch_norm)
-    ours, plain = [hs, *problem.gradients(hs)], [plain, *problem.gradients(plain)]
+    ours, plain = problem.solution(kernel, batch_norm), problem.solution(batch_norm=batch_norm)
     tolerance = 1e-10
-    if hs.dtype == torch.float32:
-        exact = problem.to(torch.float64)
-        exact_hs = exact.alone(batch_norm)
-        tolerance = max(1e-5, 3 * max(errors(plain, [exact_hs, *exact.gradients(exact_hs)])))
+    if plain[0].dtype == torch.float32:
+        exact = problem.doubled().solution(batch_norm=batch_norm)
+        tolerance = max(1e-5, 3 * max(errors(plain, exact)))
     assert max(errors(ours, plain)) < tolerance
+
+
+def bit_equal(ours, theirs):
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

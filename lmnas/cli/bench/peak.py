@@ -1,4 +1,4 @@
-"""One side of one row in a process of its own, for its peak of resident memory: `python -m lmnas.cli.bench.peak ...`."""
+"""One side of one row in a process of its own, for its peak of memory: `python -m lmnas.cli.bench.peak ...`."""
 
 import argparse
 import json

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -176,7 +177,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class Fused(Segment):
     """The extension on a CPU; on a GPU the recorded segments of the base class. Differentiable once."""
 
-    runs_on = {"cpu": "fused", "cuda": "graphs"}
+    runs_on: ClassVar = {"cpu": "fused", "cuda": "graphs"}
 
     def unavailable(self) -> str | None:
         try:

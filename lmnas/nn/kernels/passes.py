@@ -76,7 +76,9 @@ class Wiring(ABC):
 
     def __init__(self, plan: "Plan", x: Arguments, wants: Wants):
         self.plan, self.x, self.wants = plan, x, wants
-        self.d_p_input = self.d_p_edges = self.d_shares = None
+        self.d_p_input: Tensor | None = None
+        self.d_p_edges: Tensor | None = None
+        self.d_shares: Tensor | None = None
 
     @staticmethod
     def n_edges(node: int) -> int:

@@ -14,7 +14,7 @@ Shapes: T time, B batch, H width, N nodes after node 0, E edges (node i has i of
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -188,7 +188,7 @@ class Reference:
         keeps_a_block: the cell's backward reads one block of memory, as `planned` lays it out.
     """
 
-    runs_on: Mapping[str, str] = {}
+    runs_on: ClassVar[Mapping[str, str]] = {}
     keeps_a_block = False
 
     def unavailable(self) -> str | None:

@@ -5,6 +5,7 @@ reference but for the order of sums; the same arguments give the same bits.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def one_floating_type(first: Tensor, *others: Tensor) -> bool:
 class Segment(Reference):
     """`passes`, run by `runner`; default: recorded on a GPU, operation by operation elsewhere."""
 
-    runs_on = {"cpu": "segment", "cuda": "graphs"}
+    runs_on: ClassVar = {"cpu": "segment", "cuda": "graphs"}
     keeps_a_block = True
 
     def __init__(self, runner: Runner | None = None):
@@ -77,12 +78,11 @@ class Segment(Reference):
 
     def recurrent_path(self, x: Operands, program: Program, sampled: bool = False) -> Tensor:
         n_nodes = len(program.inputs)
-        if sampled:
-            plan, given = Plan(SampledPath, n_nodes, x.batch_norm), _as_values(program, x.inputs)
-        else:
-            plan, given = Plan(FixedPath, n_nodes, x.batch_norm, program), (None,) * 4
-        arguments = Arguments(*_tensors(x), *given, x.mask_x, x.mask_h)
-        return run(self.runner(x.inputs), plan, arguments)
+        arguments = Arguments(*_tensors(x), mask_x=x.mask_x, mask_h=x.mask_h)
+        if not sampled:
+            return run(self.runner(x.inputs), Plan(FixedPath, n_nodes, x.batch_norm, program), arguments)
+        arguments = arguments._replace(**_as_values(program, x.inputs))
+        return run(self.runner(x.inputs), Plan(SampledPath, n_nodes, x.batch_norm), arguments)
 
     def recurrent_mixture(self, x: Operands, p_input: Tensor, p_edges: Tensor, output_weights: Tensor) -> Tensor:
         n_nodes = len(output_weights) - 1
@@ -95,12 +95,12 @@ def _tensors(x: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.inputs, x.state, x.w_input, torch.stack(list(x.w_nodes))
 
 
-def _as_values(program: Program, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """p_input (K,), p_edges (N, K), shares (N + 1,) and sources (N,) of a program."""
+def _as_values(program: Program, like: Tensor) -> dict[str, Tensor]:
+    """A program as values of `Arguments`: p_input (K,), p_edges (N, K), shares (N + 1,), sources (N,)."""
     values = torch.zeros(len(program.ops), len(OPS) + 1, dtype=torch.float64)  # made on the CPU, sent once
     for node, op in enumerate(program.ops):
         values[node, op] = 1.0
     values[list(program.outputs), -1] = 1.0 / len(program.outputs)
     values = values.to(like.device, like.dtype, non_blocking=True)
     sources = torch.tensor(program.inputs).to(like.device, non_blocking=True)
-    return values[0, :-1], values[1:, :-1], values[:, -1], sources
+    return {"p_input": values[0, :-1], "p_edges": values[1:, :-1], "shares": values[:, -1], "sources": sources}

@@ -12,7 +12,7 @@ a mixture, `loose-ends` is relaxed: a node counts by the probability that nobody
 weights. Neither paper runs a mixture over loose ends.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch

@@ -12,7 +12,7 @@ from lmnas.cli.main import bench_parser, main
 from lmnas.core.contracts import Batch
 from lmnas.core.errors import UserError
 from lmnas.nn.cost import forward_flops, on_meta
-from lmnas.nn.kernels import dispatch, set_kernel
+from lmnas.nn.kernels import using
 from lmnas.spaces.recurrent.cell import RecurrentCell
 from lmnas.tasks.language_modeling import LanguageModel, ModelSettings
 
@@ -20,10 +20,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def restored(monkeypatch):
+def restored():
     """The choice of kernel as it was, after the test."""
-    monkeypatch.setattr(dispatch, "_used", dispatch._used)
-    set_kernel("reference")
+    with using(kernel="reference"):
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------- the sides

@@ -9,7 +9,7 @@ from lmnas.cli.bench import curvature
 from lmnas.cli.main import main
 from lmnas.nn.curvature import METHODS, diagonal
 from lmnas.nn.curvature.models import Method
-from lmnas.nn.kernels import kernel_in_use, set_kernel
+from lmnas.nn.kernels import using
 from lmnas.tasks.language_modeling import LanguageModeling
 
 SMALL = ["bench", "curvature", "--small", "--rounds", "1", "--threads", "1", "--kernel", "reference"]
@@ -17,9 +17,8 @@ SMALL = ["bench", "curvature", "--small", "--rounds", "1", "--threads", "1", "--
 
 @pytest.fixture(autouse=True)
 def kernel():
-    before = kernel_in_use()
-    yield
-    set_kernel(before)
+    with using():
+        yield
 
 
 def test_agreement_by_hand():

@@ -16,7 +16,8 @@ from lmnas.core.contracts import Batch, Body, Model, SoftmaxModel
 from lmnas.core.errors import UserError
 from lmnas.core.seeds import generator
 from lmnas.nn.curvature import METHODS, diagonal, hutchinson_diagonal, softmax_head
-from lmnas.nn.kernels import dispatch, kernel_in_use
+from lmnas.nn.kernels import kernel_in_use, using
+from lmnas.nn.kernels.fused import Fused
 from lmnas.spaces.recurrent.cell import RecurrentCell
 from lmnas.tasks.language_modeling import LanguageModel, ModelSettings
 
@@ -255,14 +256,15 @@ def test_every_method_runs_plain_kernels_whatever_was_chosen(monkeypatch, traine
         raise AssertionError("a kernel that has no second derivatives")
 
     expected = {name: trained.find(name) for name in METHODS}
-    monkeypatch.setattr(dispatch, "_used", "fused")
-    monkeypatch.setattr(dispatch.fused, "recurrent_mixture", refuse)
-    monkeypatch.setattr(dispatch.fused, "linear_cross_entropy", refuse)
-    with pytest.raises(AssertionError, match="no second derivatives"):
-        trained.loss(trained.mixture)
-    for name in METHODS:
-        assert torch.equal(trained.find(name), expected[name])
-    assert kernel_in_use() == "fused"
+    monkeypatch.setattr(Fused, "prepare", lambda self: None)
+    monkeypatch.setattr(Fused, "recurrent_mixture", refuse)
+    monkeypatch.setattr(Fused, "linear_cross_entropy", refuse)
+    with using(kernel="fused"):
+        with pytest.raises(AssertionError, match="no second derivatives"):
+            trained.loss(trained.mixture)
+        for name in METHODS:
+            assert torch.equal(trained.find(name), expected[name])
+        assert kernel_in_use() == "fused"
 
 
 class NoClassifier(Model):

@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from lmnas.nn.kernels import cross_entropy, dispatch, fused
+from lmnas.nn.kernels import fused, use, using
 from lmnas.nn.kernels.cross_entropy import linear_cross_entropy_reference
 from lmnas.nn.kernels.dispatch import linear_cross_entropy
 
 
 @pytest.fixture(params=[False, True], ids=["reference", "fused"], autouse=True)
-def kernel(request, monkeypatch):
+def kernel(request):
     """Every test runs with either kernel."""
     if request.param:
         try:
             fused.load()
         except fused.Unavailable as problem:
             pytest.skip(f"no fused kernel: {problem}")
-    monkeypatch.setattr(dispatch, "_used", "fused" if request.param else "reference")
-    return request.param
+    with using(kernel="fused" if request.param else "reference"):
+        yield request.param
 
 
 def problem(n, width, classes, bias, dtype):
@@ -30,9 +30,9 @@ def problem(n, width, classes, bias, dtype):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("n,classes,chunk", [(1, 2, 4), (7, 11, 22), (50, 13, 40), (64, 100, 100)])
-def test_equals_plain_with_gradients(monkeypatch, n, classes, chunk, bias):
+def test_equals_plain_with_gradients(n, classes, chunk, bias):
     """Ragged last chunks, one row a chunk, with and without bias, in float64."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk)
+    use(chunk=chunk)
     hidden, weight, b, targets = problem(n, 5, classes, bias, torch.float64)
     leaves = [hidden, weight] + ([b] if bias else [])
     plain = linear_cross_entropy_reference(hidden, weight, b, targets)
@@ -70,10 +70,10 @@ def test_gradients_only_where_asked():
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_sizes_beyond_one_block(monkeypatch, ignored):
+def test_sizes_beyond_one_block(ignored):
     """More rows, width and classes than one piece of a product holds, in float64; and in float32 the same bits whatever
     the number of threads."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 500 * 1003)
+    use(chunk=500 * 1003)
     hidden, weight, b, targets = problem(701, 32, 1003, True, torch.float64)
     if ignored:
         targets[1::2] = -100

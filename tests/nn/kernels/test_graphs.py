@@ -4,11 +4,12 @@ On a GPU the recordings are CUDA graphs. Elsewhere `Rerun` stands in: it runs th
 same buffers and into the same outputs, so that everything but the recording itself is tested without a GPU.
 """
 
+import contextlib
 import logging
 
 import pytest
 import torch
-from segments import Problem, assert_equal, errors
+from segments import PROGRAM, Problem, assert_equal, bit_equal, errors, random_program
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmnas.core.contracts import LearnStep
@@ -19,18 +20,19 @@ from lmnas.core.seeds import generator, rng
 from lmnas.methods.estimators.shared import Shared
 from lmnas.methods.strategies.gradient import Gradient, architecture_gradient
 from lmnas.methods.strategies.random_search import RandomSearch
-from lmnas.nn.kernels import Program, dispatch, graphs, kernel_in_use, segment, set_kernel
+from lmnas.nn.kernels import Program, graphs, using
+from lmnas.nn.kernels.choice import kernel_named
 from lmnas.nn.kernels.graphs import Recorded
-from lmnas.nn.ops.dropout import draw_mask
+from lmnas.nn.kernels.passes import Eager
+from lmnas.nn.kernels.segment import Segment
 from lmnas.nn.train import fit, initialise
 from lmnas.nn.training.settings import Optimizer, Training
 from lmnas.nn.training.weights import WeightTraining
 from lmnas.runs.build import build_model
 from lmnas.spaces.recurrent.cell import RecurrentCell
 
-PROGRAM = Program((0, 1, 2, 0), (0, 0, 1), (1, 2, 3))
 OTHER = Program((3, 2, 1, 0), (0, 1, 2), (0, 3))
-KINDS = {"path": PROGRAM, "loose ends": OTHER, "paths": [PROGRAM, OTHER], "mixture": None}
+KINDS = {"path": (PROGRAM, False), "loose ends": (OTHER, False), "sampled": (OTHER, True), "mixture": (None, False)}
 
 
 class Recordable(TorchDispatchMode):
@@ -84,19 +86,9 @@ def runner_for(device, **settings):
     return runner
 
 
-@pytest.fixture
-def restored(monkeypatch):
-    """The choice of kernel as it was, after the test."""
-    monkeypatch.setattr(dispatch, "_used", dispatch._used)
-
-
-def problem_of(kind, seed, device, s=2, t=3, masks=(True, True)):
-    return Problem(s, t, 4, 8, 3, seed=seed, masks=masks, programs=KINDS[kind], device=device)
-
-
-def solution(problem, batch_norm="nodes", runner=None):
-    hs = problem.run(runner, batch_norm) if runner else problem.alone(batch_norm)
-    return [hs, *problem.gradients(hs)]
+def problem_of(kind, seed, device, t=3, masks=(True, True), **settings):
+    program, sampled = KINDS[kind]
+    return Problem(t, 4, 8, 3, seed=seed, masks=masks, program=program, sampled=sampled, device=device, **settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,19 +96,20 @@ def test_replays_see_new_values(kind, recorded, device):
     """Inputs, carried state, weights, masks, mixtures and gradients change from call to call; the recording stays."""
     for seed in range(4):
         for batch_norm in ("none", "nodes", "output"):
-            assert_equal(problem_of(kind, seed, device), batch_norm, recorded)
+            assert_equal(problem_of(kind, seed, device), Segment(recorded), batch_norm)
     assert len(recorded.made) == 6, "forward and backward for each of three batch norms"
 
 
 def test_one_recording_for_all_sampled_programs(recorded, device):
-    space = RecurrentCell(n_nodes=3, input_activation="searched", output="loose-ends")
+    def problem(seed, sampled):
+        program = random_program(3, "loose-ends", seed)
+        return Problem(3, 4, 8, 3, seed=seed, program=program, sampled=sampled, device=device)
+
     for seed in range(6):
-        programs = [space.program(space.sample(rng(seed, "programs", k))) for k in range(2)]
-        assert_equal(Problem(2, 3, 4, 8, 3, seed=seed, programs=programs, device=device), "output", recorded)
+        assert_equal(problem(seed, True), Segment(recorded), "output")
     assert len(recorded.made) == 2
     for seed in range(3):  # a program that stays is part of the recording
-        program = space.program(space.sample(rng(seed, "programs")))
-        assert_equal(Problem(2, 3, 4, 8, 3, seed=seed, programs=program, device=device), "output", recorded)
+        assert_equal(problem(seed, False), Segment(recorded), "output")
     assert len(recorded.made) == 8
 
 
@@ -127,10 +120,10 @@ def test_structure_is_told_apart(recorded, device):
         for masks in ((False, False), (True, False), (False, True), (True, True))
         for t in (3, 5)
     ]
-    problems.append(Problem(1, 3, 4, 8, 3, seed=1, sharing="edge", device=device))
-    problems.append(Problem(1, 3, 12, 8, 3, seed=1, dtype=torch.float32, device=device))
+    problems.append(Problem(3, 4, 8, 3, seed=1, sharing="edge", device=device))
+    problems.append(Problem(3, 12, 8, 3, seed=1, dtype=torch.float32, device=device))
     for problem in problems * 2:
-        assert_equal(problem, "nodes", recorded)
+        assert_equal(problem, Segment(recorded), "nodes")
     assert len(recorded.made) == 2 * len(problems)
 
 
@@ -138,10 +131,10 @@ def test_structure_is_told_apart(recorded, device):
 def test_what_is_handed_out_stays(kind, recorded, device):
     """Results and gradients are the caller's: later replays do not change them."""
     problem = problem_of(kind, 0, device)
-    first = solution(problem, runner=recorded)
+    first = problem.solution(Segment(recorded), "nodes")
     copies = [tensor.detach().clone() for tensor in first]
-    solution(problem_of(kind, 1, device), runner=recorded)
-    assert all(torch.equal(a, b) for a, b in zip(first, copies, strict=True))
+    problem_of(kind, 1, device).solution(Segment(recorded), "nodes")
+    assert bit_equal(first, copies)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,46 +142,39 @@ def test_a_tape_that_was_overwritten_is_made_again(kind, recorded, device):
     """Forward, forward, backward, backward: also across keys, which share their memory, and for a retained graph."""
     one, two, longer = (problem_of(kind, 0, device), problem_of(kind, 1, device), problem_of(kind, 2, device, t=5))
     problems = [one, two, longer]
-    expected = [solution(problem)[1:] for problem in problems]
+    expected = [problem.solution(batch_norm="nodes")[1:] for problem in problems]
     for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
-        results = [problem.run(recorded, "nodes") for problem in problems]
+        results = [problem.run(Segment(recorded), "nodes") for problem in problems]
         for i in order:
             for _ in range(2):
-                problem = problems[i]
-                gradients = torch.autograd.grad(
-                    results[i], problem.leaves, problem.gradient, retain_graph=True, allow_unused=True
-                )
-                gradients = [
-                    torch.zeros_like(v) if g is None else g for g, v in zip(gradients, problem.leaves, strict=True)
-                ]
+                gradients = problems[i].gradients(results[i], retain_graph=True)
                 assert max(errors(gradients, expected[i])) < 1e-10
 
 
 def test_evaluation_between_the_passes(recorded, device):
     """A pass without gradients takes the shared memory; the training pass around it does not notice."""
     problem, other = problem_of("mixture", 0, device), problem_of("mixture", 1, device)
-    hs = problem.run(recorded, "nodes")
+    hs = problem.run(Segment(recorded), "nodes")
     with torch.no_grad():
-        evaluated = other.run(recorded, "nodes")
+        evaluated = other.run(Segment(recorded), "nodes")
     assert not evaluated.requires_grad
-    assert max(errors([evaluated], [other.alone("nodes")])) < 1e-10
-    assert max(errors([hs, *problem.gradients(hs)], solution(problem))) < 1e-10
+    assert max(errors([evaluated], [other.run(batch_norm="nodes")])) < 1e-10
+    assert max(errors([hs, *problem.gradients(hs)], problem.solution(batch_norm="nodes"))) < 1e-10
 
 
 def test_gradients_accumulate_over_segments(recorded, device):
     """Two segments with the state carried between them, inside the graph of autograd; gradients add up in `.grad`."""
     problem = problem_of("path", 0, device)
     results = []
-    for runner in (recorded, segment.Eager()):
+    for runner in (recorded, Eager()):
         weights = [problem.w_input.detach().clone().requires_grad_()]
         weights += [w.detach().clone().requires_grad_() for w in problem.w_nodes]
         for _ in range(2):
             state = problem.state.detach()
             for _ in range(2):
-                hs = segment.recurrent_path_many(
-                    problem.inputs.detach(), state, weights[0], weights[1:], PROGRAM, *problem.masks, "none", runner
-                )
-                state = hs[:, -1]
+                changes = {"inputs": problem.inputs.detach(), "state": state, "w_input": weights[0]}
+                hs = problem.run(Segment(runner), w_nodes=weights[1:], **changes)
+                state = hs[-1]
             (hs * problem.gradient).sum().backward()
         results.append([hs, *(w.grad for w in weights)])
     assert max(errors(*results)) < 1e-10
@@ -196,12 +182,12 @@ def test_gradients_accumulate_over_segments(recorded, device):
 
 def test_only_what_is_asked_for(recorded, device):
     problem = problem_of("mixture", 0, device)
-    everything = dict(zip(problem.leaves, solution(problem)[1:], strict=True))
+    everything = dict(zip(problem.leaves, problem.solution(batch_norm="nodes")[1:], strict=True))
     for wanted in (problem.mixture[1], problem.inputs, problem.w_nodes[1]):
         for leaf in problem.leaves:
             leaf.requires_grad_(leaf is wanted)
         for _ in range(2):
-            (gradient,) = torch.autograd.grad(problem.run(recorded, "nodes"), [wanted], problem.gradient)
+            (gradient,) = torch.autograd.grad(problem.run(Segment(recorded), "nodes"), [wanted], problem.gradient)
             assert max(errors([gradient], [everything[wanted]])) < 1e-10
         (space,) = recorded.workspaces.values()
         *_, entry = space.entries.values()
@@ -212,12 +198,12 @@ def test_recorded_when_a_key_comes_again(device):
     """Rare lengths are not recorded, the least recently used recordings are dropped, and memory has one block."""
     runner = runner_for(device, after=1, max_recordings=3)
     for length in (2, 3, 4, 5, 6):
-        assert_equal(problem_of("mixture", 0, device, t=length), "nodes", runner)
+        assert_equal(problem_of("mixture", 0, device, t=length), Segment(runner), "nodes")
     assert not runner.made
     for length in (6, 5, 4, 3, 2, 6, 2):
-        assert_equal(problem_of("mixture", 1, device, t=length), "nodes", runner)
+        assert_equal(problem_of("mixture", 1, device, t=length), Segment(runner), "nodes")
     (space,) = runner.workspaces.values()
-    lengths = [key[1][1] for key in space.entries]
+    lengths = [key[1][0] for key in space.entries]
     assert lengths == [3, 6, 2]
     assert len(runner.made) == 12
     block = space.block.data_ptr()
@@ -228,15 +214,15 @@ def test_a_block_that_grows_forgets_its_recordings(device):
     """Between the forward and the backward pass of a shorter segment, too."""
     recorded = runner_for(device, least_block=0)
     short, long = problem_of("path", 0, device), problem_of("path", 1, device, t=9)
-    hs = short.run(recorded, "nodes")
-    assert_equal(long, "nodes", recorded)
+    hs = short.run(Segment(recorded), "nodes")
+    assert_equal(long, Segment(recorded), "nodes")
     (space,) = recorded.workspaces.values()
     assert len(space.entries) == 1
-    assert max(errors([hs, *short.gradients(hs)], solution(short))) < 1e-10
+    assert max(errors([hs, *short.gradients(hs)], short.solution(batch_norm="nodes"))) < 1e-10
     assert len(space.entries) == 2
-    hs = short.run(recorded, "nodes")
+    hs = short.run(Segment(recorded), "nodes")
     recorded.clear()
-    assert max(errors([hs, *short.gradients(hs)], solution(short))) < 1e-10
+    assert max(errors([hs, *short.gradients(hs)], short.solution(batch_norm="nodes"))) < 1e-10
 
 
 @pytest.mark.parametrize("failing", [0, 1], ids=["forward", "backward"])
@@ -252,7 +238,7 @@ def test_where_recording_fails_it_runs_anyway(failing, device, caplog):
     runner = Recorded(record, after=0)
     with caplog.at_level(logging.WARNING, "lmnas"):
         for seed in range(3):
-            assert_equal(problem_of("mixture", seed, device), "nodes", runner)
+            assert_equal(problem_of("mixture", seed, device), Segment(runner), "nodes")
     assert [r.getMessage() for r in caplog.records] == [
         "kernel: a segment runs without a CUDA graph, which is slower: operation not permitted when stream is capturing"
     ]
@@ -275,39 +261,48 @@ def test_the_check_can_fail(function):
         Rerun(lambda: function(torch.ones(3)))
 
 
-def test_dispatch(restored, monkeypatch):
-    """A GPU runs recordings where the fused kernel is chosen; the CPU never does."""
-    set_kernel("reference")
-    assert kernel_in_use("cuda") == "reference"
-    monkeypatch.setattr(dispatch, "_used", "fused")
-    assert (kernel_in_use("cuda"), kernel_in_use("mps")) == ("graphs", "reference")
-    monkeypatch.setattr(dispatch, "_used", "reference")
-    problem = Problem(1, 2, 3, 4, 2, seed=0)
-    assert not graphs.takes(problem.inputs[0], problem.state[0], [problem.w_input[0]], None, None)
-    calls = []
-    monkeypatch.setattr(graphs, "takes", lambda *_: True)
-    monkeypatch.setattr(dispatch, "kernel_in_use", lambda device="cpu": "graphs")
-    for name in ("recurrent_path", "recurrent_mixture"):
-        real = getattr(graphs, name)
-        monkeypatch.setattr(graphs, name, lambda *a, real=real, **k: calls.append((real.__name__, k)) or real(*a, **k))
+def test_a_supernet_samples_its_paths(recorded):
+    """Its paths change, so one recording serves them all; a stand-alone cell's does not."""
     space = RecurrentCell(n_nodes=2)
     net = space.supernet(4)
     net.initialise(generator(0, "init"), 0.1)
     inputs, state = torch.zeros(2, 3, 4), torch.zeros(3, 4)
-    genotype = space.sample(rng(0, "one"))
-    net(inputs, state, {}, genotype)
-    net(inputs, state, {}, {"nodes": torch.full((3, 5), 0.2)})
-    cell = space.build(genotype, 4)
-    cell.load_state_dict(net.inherit(genotype))
-    cell(inputs, state, {})
-    sampled, mixture, fixed = calls
-    assert sampled == ("recurrent_path", {"sampled": True}), "a supernet's paths change"
-    assert mixture[0] == "recurrent_mixture"
-    assert fixed == ("recurrent_path", {"sampled": False}), "a stand-alone cell's does not"
+    genotypes = [space.sample(rng(0, "paths", number)) for number in range(2)]
+    assert genotypes[0] != genotypes[1]
+    with using_runner(recorded):
+        for genotype in genotypes:
+            net(inputs, state, {}, genotype)
+        assert len(recorded.made) == 1
+        net(inputs, state, {}, {"nodes": torch.full((3, 5), 0.2)})
+        assert len(recorded.made) == 2
+        for genotype in genotypes:
+            cell = space.build(genotype, 4)
+            cell.load_state_dict(net.inherit(genotype))
+            cell(inputs, state, {})
+        assert len(recorded.made) == 4
+
+
+@contextlib.contextmanager
+def using_runner(runner):
+    """Inside, the segment kernel runs, by this runner."""
+    kernel = kernel_named("segment")
+    kernel._runner, before = runner, kernel._runner
+    try:
+        with using(kernel="segment"):
+            yield
+    finally:
+        kernel._runner = before
+
+
+@pytest.fixture
+def until_the_end():
+    """Contexts that the test leaves open."""
+    with contextlib.ExitStack() as stack:
+        yield stack
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_architecture_gradient_is_the_same(order, tiny_task, recorded, device, monkeypatch, float64):
+def test_architecture_gradient_is_the_same(order, tiny_task, recorded, device, until_the_end, float64):
     """Through functional_call, dropout and carried state, several steps in a row: recordings and reference agree."""
     space = RecurrentCell(n_nodes=3)
     model = {"width": 10, "dropout_x": 0.3, "dropout_hidden": 0.3, "dropout_input": 0.2, "dropout_output": 0.2}
@@ -315,9 +310,7 @@ def test_architecture_gradient_is_the_same(order, tiny_task, recorded, device, m
     results = {}
     for kernel in ("reference", "recorded"):
         if kernel == "recorded":
-            monkeypatch.setattr(graphs, "takes", lambda *_: True)
-            monkeypatch.setattr(graphs, "_runner", lambda _: recorded)
-            monkeypatch.setattr(dispatch, "kernel_in_use", lambda device="cpu": "graphs")
+            until_the_end.enter_context(using_runner(recorded))
         settings = training.model_settings(tiny_task)
         net = tiny_task.model(space.supernet(settings.width), settings)
         net.initialise(generator(0, "init"))
@@ -330,7 +323,7 @@ def test_architecture_gradient_is_the_same(order, tiny_task, recorded, device, m
             train_masks, valid_masks = weights.masks("learn-train", batch), weights.masks("learn-valid", valid)
 
             def loss_on(which, masks, parameters, mixture, net=net):
-                return torch.func.functional_call(net, dict(parameters), (which, None, masks, mixture, False))[0]
+                return torch.func.functional_call(net, dict(parameters), (which, masks, mixture, False))[0]
 
             step = LearnStep(
                 step=0,
@@ -348,7 +341,7 @@ def test_architecture_gradient_is_the_same(order, tiny_task, recorded, device, m
 
 
 @pytest.mark.parametrize("kind", ["training", "shared weights"])
-def test_a_training_is_the_same(kind, tiny_task, device, tmp_path, monkeypatch, float64):
+def test_a_training_is_the_same(kind, tiny_task, device, tmp_path, until_the_end, float64):
     """Random lengths, dropout, evaluation between epochs; sampled paths: recordings are made as they come."""
     runner = runner_for(device, after=1, max_recordings=4)
     settings = Training(
@@ -360,9 +353,7 @@ def test_a_training_is_the_same(kind, tiny_task, device, tmp_path, monkeypatch, 
     curves = []
     for kernel in ("reference", "recorded"):
         if kernel == "recorded":
-            monkeypatch.setattr(graphs, "takes", lambda *_: True)
-            monkeypatch.setattr(graphs, "_runner", lambda _: runner)
-            monkeypatch.setattr(dispatch, "kernel_in_use", lambda device="cpu": "graphs")
+            until_the_end.enter_context(using_runner(runner))
         job, on = Job(tmp_path / kernel), torch.device(device)
         if kind == "training":
             model = initialise(build_model(tiny_task, load_genotype("enas"), settings), 0).to(on)
@@ -378,25 +369,19 @@ def test_a_training_is_the_same(kind, tiny_task, device, tmp_path, monkeypatch, 
 
 
 @pytest.mark.gpu
-def test_graphs_are_what_runs_on_a_gpu(restored, monkeypatch):
-    """Through dispatch, with the process' own recordings, float32 and float64, path and mixture."""
+def test_graphs_are_what_runs_on_a_gpu():
+    """With the process' own recordings, float32 and float64, path and mixture."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU here")
-    set_kernel("auto")
     graphs.recorded.clear()
     for seed in range(3):
-        for kind in ("path", "mixture"):
+        for program in (PROGRAM, None):
             for dtype in (torch.float64, torch.float32):
                 problem = Problem(
-                    1, 5, 16, 32, 3, seed=seed, masks=(True, True), programs=KINDS[kind], dtype=dtype, device="cuda"
+                    5, 16, 32, 3, seed=seed, masks=(True, True), program=program, dtype=dtype, device="cuda"
                 )
-                expected = problem.alone("nodes")
-                ours = problem.alone("nodes", dispatch)
+                found = problem.solution(kernel_named("segment"), "nodes")
                 tolerance = 1e-10 if dtype == torch.float64 else 1e-3
-                pairs = [ours, *problem.gradients(ours)], [expected, *problem.gradients(expected)]
-                assert max(errors(*pairs)) < tolerance
+                assert max(errors(found, problem.solution(batch_norm="nodes"))) < tolerance
     (space,) = graphs.recorded.workspaces.values()
     assert len(space.entries) == 4 and all(entry.backward for entry in space.entries.values())
-    masks = [draw_mask((1, 16, 32), 0.5, generator(0, "mask"), problem.inputs) for _ in range(2)]
-    problem.masks = masks
-    assert max(errors([problem.run(graphs.recorded)], [problem.alone()])) < 1e-4
