@@ -1,13 +1,11 @@
 """Milliseconds a step and peak memory of the recurrent cell on one GPU: recorded graphs beside what they replace.
 
 Rows are the steps of the papers' settings: search (width 300, batch 256, 8 nodes, mixture: weights alone, with the
-first- and with the second-order architecture step), retraining (width 850, batch 64, DARTS V2), three retrainings at
-once, and ENAS' shared step (width 1000, batch 64, 11 nodes, sampled paths). Each runs as
+first- and with the second-order architecture step), retraining (width 850, batch 64, DARTS V2), and ENAS' shared step (width 1000, batch 64, 11 nodes, sampled paths). Each runs as
 
-    graphs     forward and backward of the segment recorded (lmnas/kernels/graphs.py)
-    compiled   the same, with torch.compile between two products (recorded; GPU only)
-    eager      the same operations one by one (lmnas/kernels/segment.py)
-    reference  plain autograd (lmnas/kernels/reference.py)
+    graphs     forward and backward of the segment recorded (lmnas/nn/kernels/graphs.py)
+    eager      the same operations one by one (lmnas/nn/kernels/passes.py)
+    reference  plain autograd (lmnas/nn/kernels/reference.py)
     lstm       torch.nn.LSTM (cuDNN) of the same width, batch and softmax layer: a weight step, for scale
 
     python benchmarks/gpu.py --out gpu.json
@@ -33,7 +31,9 @@ from lmnas.core.contracts import LearnStep
 from lmnas.core.genotype import load_genotype
 from lmnas.core.seeds import generator, rng
 from lmnas.methods.strategies.gradient import architecture_gradient
-from lmnas.nn.kernels import dispatch, graphs, segment
+from lmnas.nn.kernels import graphs, use
+from lmnas.nn.kernels.choice import kernel_named
+from lmnas.nn.kernels.passes import Eager
 from lmnas.runs.build import covering_space
 from lmnas.spaces.recurrent.cell import RecurrentCell
 from lmnas.spaces.recurrent.layers import LSTM
@@ -42,7 +42,7 @@ from lmnas.tasks.language_modeling import LanguageModel, ModelSettings
 
 PTB_TOKENS = 929_589
 DROPOUT = {"dropout_output": 0.75, "dropout_x": 0.75, "dropout_hidden": 0.25, "dropout_input": 0.2}
-WAYS = ("graphs", "compiled", "eager", "reference", "lstm")
+WAYS = ("graphs", "eager", "reference", "lstm")
 
 
 @dataclass(frozen=True)
@@ -174,16 +174,13 @@ ROWS: dict[str, Callable] = {
 
 def choose(way: str) -> None:
     """Have the cell run in one way from here on."""
-    ours = way in ("graphs", "compiled", "eager")
-    dispatch._graphs_take = lambda *_: ours
-    graphs._runner = lambda _: segment.Eager() if way == "eager" else graphs.recorded
-    segment.set_compiled(way == "compiled")
+    use(kernel="segment" if way in ("graphs", "eager") else "reference")
+    kernel_named("segment").chosen_runner = Eager() if way == "eager" else None
 
 
-def ways_of(name: str, device: torch.device) -> list[str]:
+def ways_of(device: torch.device) -> list[str]:
     """What can be measured: a CPU records nothing."""
-    left_out = {"graphs", "compiled"} if device.type == "cpu" else set()
-    return [way for way in WAYS if way not in left_out]
+    return [way for way in WAYS if way != "graphs" or device.type != "cpu"]
 
 
 def measure(name: str, size: Size, device: torch.device, ways: list[str], rounds: int) -> dict[str, dict]:
@@ -236,25 +233,20 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--small", action="store_true", help="tiny sizes: whether it runs at all")
-    parser.add_argument("--no-compiled", action="store_true", help="leave torch.compile out (it takes minutes)")
-    parser.add_argument("--products", default="full", help="of paths: full or bf16")
     parser.add_argument("--out", type=Path, help="file for all numbers as JSON")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU here; --device cpu --small shows whether the script runs")
-    segment.set_products(options.products)
     rows = {}
     for name in options.rows.split(","):
         size = SIZES[name].small() if options.small else SIZES[name]
-        ways = [way for way in ways_of(name, device) if way != "compiled" or not options.no_compiled]
-        rows[name] = {"size": asdict(size), "ways": measure(name, size, device, ways, options.rounds)}
+        rows[name] = {"size": asdict(size), "ways": measure(name, size, device, ways_of(device), options.rounds)}
         texts = [f"{way} {result['median']:.2f} ms" for way, result in rows[name]["ways"].items()]
         print(f"{name:20s} {'   '.join(texts)}", flush=True)
     document = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
-        "products": options.products,
         "small": options.small,
         "rows": rows,
     }

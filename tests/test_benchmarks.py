@@ -24,7 +24,7 @@ def test_gpu(device, tmp_path):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU here")
     out = tmp_path / "gpu.json"
-    command = [sys.executable, str(SCRIPTS / "gpu.py"), "--device", device, "--small", "--no-compiled"]
+    command = [sys.executable, str(SCRIPTS / "gpu.py"), "--device", device, "--small"]
     subprocess.run([*command, "--rounds", "1", "--out", str(out)], check=True, timeout=300)
     document = json.loads(out.read_text())
     assert set(document["rows"]) == {

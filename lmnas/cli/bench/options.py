@@ -61,7 +61,7 @@ def settle_kernel(name: str, say: Say) -> str:
         UserError: unknown, or it cannot be had.
     """
     if name not in CHOICES:
-        raise UserError(f"--kernel: {name!r} is unknown. {nearest(name, CHOICES)}")
+        raise UserError(f"--kernel: kernel {name!r} is unknown. {nearest(name, CHOICES)}")
     kernel = decide(lambda: math.inf)[0] if name == "auto" else name
     if must_compile(kernel):
         say(f"compiling the {kernel} kernel, about 15 s, once")

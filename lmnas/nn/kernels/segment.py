@@ -58,8 +58,8 @@ class Segment(Reference):
     runs_on: ClassVar = {"cpu": "segment", "cuda": "graphs"}
     keeps_a_block = True
 
-    def __init__(self, runner: Runner | None = None):
-        self._runner = runner
+    def __init__(self, runner: Runner | None = None) -> None:
+        self.chosen_runner = runner
 
     def takes(self, x: Operands, weights: Sequence[Tensor]) -> bool:
         return (
@@ -69,8 +69,8 @@ class Segment(Reference):
         )
 
     def runner(self, inputs: Tensor) -> Runner:
-        if self._runner is not None:
-            return self._runner
+        if self.chosen_runner is not None:
+            return self.chosen_runner
         # inside somebody else's recording ours cannot be replayed, but its operations can be recorded
         if inputs.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return Eager()

@@ -286,12 +286,12 @@ def test_a_supernet_samples_its_paths(recorded):
 def using_runner(runner):
     """Inside, the segment kernel runs, by this runner."""
     kernel = kernel_named("segment")
-    kernel._runner, before = runner, kernel._runner
+    kernel.chosen_runner, before = runner, kernel.chosen_runner
     try:
         with using(kernel="segment"):
             yield
     finally:
-        kernel._runner = before
+        kernel.chosen_runner = before
 
 
 @pytest.fixture
