@@ -1,7 +1,8 @@
 """Milliseconds a step and peak memory of the recurrent cell on one GPU: recorded graphs beside what they replace.
 
 Rows are the steps of the papers' settings: search (width 300, batch 256, 8 nodes, mixture: weights alone, with the
-first- and with the second-order architecture step), retraining (width 850, batch 64, DARTS V2), and ENAS' shared step (width 1000, batch 64, 11 nodes, sampled paths). Each runs as
+first- and with the second-order architecture step), retraining (width 850, batch 64, DARTS V2), and ENAS'
+shared step (width 1000, batch 64, 11 nodes, sampled paths). Each runs as
 
     graphs     forward and backward of the segment recorded (lmnas/nn/kernels/graphs.py)
     eager      the same operations one by one (lmnas/nn/kernels/passes.py)
