@@ -177,7 +177,8 @@ def test_a_run_by_the_segment_kernel(text, tmp_path, compiled):
 
 
 def test_spaces_without_the_kernel_refuse_it(text, tmp_path, capsys):
-    document = recipe(text, "segment", space={"name": "lstm"}, estimator={"name": "standalone"})
+    estimator = {"name": "standalone", "training": tiny.training()}
+    document = recipe(text, "segment", space={"name": "lstm"}, estimator=estimator)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
     assert cli.main(["search", str(tmp_path / "recipe.yaml"), "--run", str(tmp_path / "run")]) == 2
     assert "kernel 'segment': neither space 'lstm' nor task 'language-modeling' has one" in capsys.readouterr().err
