@@ -22,7 +22,7 @@ from lmnas.nn.cost import (
     step_forecast,
     training_bytes,
 )
-from lmnas.nn.kernels import DEFAULT_CHUNK, Decided
+from lmnas.nn.kernels import DEFAULT_CHUNK
 from lmnas.runs.build import Opened, build_model, open_estimator, open_strategy, space_for
 from lmnas.runs.executors.base import default_threads
 from lmnas.runs.recipe import Recipe
@@ -160,7 +160,7 @@ def _weightless(work: Workload) -> Model:
         raise UserError(f"{work.where}.model: no machine holds a model that large") from None
 
 
-def needs(opened: Opened, work: Sequence[Workload], kernel: Decided) -> list[Need]:
+def needs(opened: Opened, work: Sequence[Workload], kernel: str) -> list[Need]:
     """The memory of every training; the baselines left out."""
     found = []
     for each in work:

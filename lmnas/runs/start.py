@@ -13,7 +13,8 @@ from lmnas.core.capabilities import refuse_unfit
 from lmnas.core.contracts import Workload
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype, load_genotype
-from lmnas.nn.kernels import DEFAULT_CHUNK, Decided, decide, must_compile, unavailable
+from lmnas.nn.kernel_table import PLAIN
+from lmnas.nn.kernels import DEFAULT_CHUNK, decide, must_compile, unavailable
 from lmnas.runs import forecast
 from lmnas.runs.build import Opened, covering_space, open_recipe
 from lmnas.runs.directory import Run
@@ -112,33 +113,31 @@ def given_genotype(opened: Opened) -> Genotype | None:
     return genotype
 
 
-def has_kernels(recipe: Recipe) -> bool:
-    """There is a choice of kernels for the recipe's space or task."""
-    return any(registry.component(kind, name).kernels for kind, name in _parts(recipe))
+def kernels_of(recipe: Recipe) -> frozenset[str]:
+    """Fast kernels that the code of the recipe's space or task can use."""
+    return frozenset[str]().union(*(registry.component(kind, name).kernels for kind, name in _parts(recipe)))
 
 
 def _parts(recipe: Recipe) -> tuple[tuple[str, str], tuple[str, str]]:
     return ("space", recipe.space["name"]), ("task", recipe.task["name"])
 
 
-def _kernel(opened: Opened, work: tuple[Workload, ...], before: Pin | None, asked: str) -> tuple[Decided, str]:
+def _kernel(opened: Opened, work: tuple[Workload, ...], before: Pin | None, asked: str) -> tuple[str, str]:
     """The kernel that a run keeps or takes, and why."""
     if before is not None and asked in ("auto", before.kernel):
         return before.kernel, before.why
-    if not has_kernels(opened.recipe):
-        neither = " nor ".join(f"{kind} {name!r}" for kind, name in _parts(opened.recipe))
-        if asked == "fused":
-            raise UserError(f"kernel 'fused': neither {neither} has one; 'auto' takes the plain kernel")
-        return "reference", f"neither {neither} has another"
-    if asked == "fused":
-        problem = unavailable()
+    fast, neither = kernels_of(opened.recipe), " nor ".join(f"{kind} {name!r}" for kind, name in _parts(opened.recipe))
+    if asked not in ("auto", PLAIN, *fast):
+        raise UserError(f"kernel {asked!r}: neither {neither} has one; 'auto' takes the plain kernel")
+    if not fast:
+        return PLAIN, f"neither {neither} has another"
+    if asked != "auto":
+        problem = unavailable(asked)
         if problem:
-            raise UserError(f"kernel 'fused': {problem}; 'auto' falls back to the reference")
-        return "fused", "asked for"
-    if asked == "reference":
-        return "reference", "asked for"
+            raise UserError(f"kernel {asked!r}: {problem}; 'auto' falls back to the reference")
+        return asked, "asked for"
     if opened.device.type != "cpu":
-        return "reference", f"device {opened.device.type}"
+        return PLAIN, f"device {opened.device.type}"
     return decide(lambda: forecast.seconds_of_work(opened, work))
 
 
@@ -151,26 +150,26 @@ def settle_kernel(started: Start, run: Run, say: Callable[[str], None], incident
     before, asked, pin = read_pin(run.path), started.asked, started.pin
     fell_back = None
     try:
-        if pin.kernel == "fused" and must_compile():
-            say("compiling the fused kernel, about 15 s, once")
+        if must_compile(pin.kernel):
+            say(f"compiling the {pin.kernel} kernel, about 15 s, once")
         pin.apply()
     except UserError as problem:
         cause = problem.__cause__ or problem
         if before is not None and before.kernel == pin.kernel:
             raise UserError(
-                f"run {run.path} began with the fused kernel, which cannot be had now ({cause}); "
+                f"run {run.path} began with the {pin.kernel} kernel, which cannot be had now ({cause}); "
                 f"--kernel reference continues it with the plain kernel, whose sums differ in the last digits"
             ) from None
         if asked != "auto":
             raise
         fell_back = str(cause)
-        pin = Pin("reference", fell_back, pin.chunk)
+        pin = Pin(PLAIN, fell_back, pin.chunk)
         pin.apply()
     if before is not None and before.kernel != pin.kernel:
         incident(f"kernel: {before.kernel} until now, {pin.kernel} from here on; last digits may differ")
     opened = started.opened
-    if before is None and asked == "auto" and opened.device.type == "cpu" and has_kernels(opened.recipe):
-        fell_back = fell_back or unavailable()
+    if before is None and asked == "auto" and opened.device.type == "cpu" and kernels_of(opened.recipe):
+        fell_back = fell_back or unavailable("fused")
     if fell_back:
         incident(f"kernel: the plain one runs, which is slower: {fell_back}")
     if pin != before or not (run.path / FILE).is_file():
