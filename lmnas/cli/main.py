@@ -224,12 +224,9 @@ def _list(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from lmnas.core.genotype import load_document, shipped_names
     from lmnas.runs.recipe import read_yaml, recipe_names, recipe_path
 
-    def summary(kind: str, name: str) -> str:
-        return (registry.component(kind, name).__doc__ or "").strip().splitlines()[0]
-
     kinds = {"spaces": "space", "strategies": "strategy", "estimators": "estimator", "tasks": "task"}
     found: dict[str, dict[str, str]] = {
-        title: {name: summary(kind, name) for name in registry.names(kind)} for title, kind in kinds.items()
+        title: {name: registry.summary(kind, name) for name in registry.names(kind)} for title, kind in kinds.items()
     }
     found["recipes"] = {name: read_yaml(recipe_path(name)).get("description", "") for name in recipe_names()}
     found["genotypes"] = {name: load_document(name).get("source", "") for name in shipped_names()}

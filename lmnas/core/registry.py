@@ -4,11 +4,15 @@ A newcomer is one file and one line in `COMPONENTS`. Components are plain classe
 run, keyword-only arguments are the settings a recipe may give, and their types are checked.
 """
 
+import ast
+import contextlib
 import importlib
+import importlib.util
 import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -122,15 +126,43 @@ def names(kind: str) -> list[str]:
     return sorted(COMPONENTS[kind])
 
 
+def known(kind: str, name: object) -> str:
+    """`name`, which need not be imported to be known.
+
+    Raises:
+        UserError: it is not; offers the nearest.
+    """
+    _read_environment()
+    if not isinstance(name, str) or name not in COMPONENTS[kind]:
+        raise UserError(f"{kind} {name!r} is unknown. " + nearest(name, COMPONENTS[kind]))
+    return name
+
+
+def summary(kind: str, name: str) -> str:
+    """First line of a component's docstring, read from its source: importing it may take seconds.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    module, _, attribute = COMPONENTS[kind][known(kind, name)].partition(":")
+    text = None
+    with contextlib.suppress(ImportError, OSError, SyntaxError, ValueError):
+        found = importlib.util.find_spec(module)
+        tree = ast.parse(Path(found.origin if found and found.origin else "").read_text(encoding="utf-8"))
+        owners = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == attribute)
+        text = next((ast.get_docstring(node) for node in owners), None)
+    # made by a function, or of a base class
+    text = text or inspect.getdoc(component(kind, name)) or ""
+    return text.strip().partition("\n")[0]
+
+
 def component(kind: str, name: object) -> Any:
     """The class registered as `name`.
 
     Raises:
         UserError: unknown name (offers the nearest), or another package's component that cannot be imported.
     """
-    _read_environment()
-    if not isinstance(name, str) or name not in COMPONENTS[kind]:
-        raise UserError(f"{kind} {name!r} is unknown. " + nearest(name, COMPONENTS[kind]))
+    name = known(kind, name)
     module, _, attribute = COMPONENTS[kind][name].partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)

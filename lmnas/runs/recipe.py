@@ -16,7 +16,6 @@ from pydantic import Field
 
 from lmnas.core import registry
 from lmnas.core.capabilities import refuse_unfit
-from lmnas.core.contracts import SharingStrategy, refuse_unrelaxed
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.registry import STRICT, checked, settings_model
 from lmnas.nn.kernel_table import CHOICES
@@ -227,7 +226,9 @@ def check(recipe: Recipe) -> None:
         value = getattr(recipe, section)
         if "name" not in value:
             raise UserError(f"{section}: 'name' is missing. Known: {', '.join(registry.names(section))}.")
-        registry.settings_of(section, value, section)
+        registry.known(section, value["name"])
+    for section in SECTIONS:
+        registry.settings_of(section, getattr(recipe, section), section)
     if recipe.execution.executor is not None:
         registry.component("executor", recipe.execution.executor)
     task = registry.component("task", recipe.task["name"])
@@ -255,6 +256,9 @@ def check(recipe: Recipe) -> None:
 
 def _check_parts(recipe: Recipe) -> None:
     """Refuse components that do not fit together. A genotype that is given needs neither strategy nor estimator."""
+    # imports torch, which a recipe that is refused before need not wait for
+    from lmnas.core.contracts import SharingStrategy, refuse_unrelaxed
+
     chosen = {section: getattr(recipe, section)["name"] for section in SECTIONS}
     task, space, strategy, estimator = (registry.component(section, chosen[section]) for section in SECTIONS)
     lacking = strategy.needs - estimator.provides
