@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmnas.core.contracts import Model, Task
+from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.runs.build import load_model, open_device, open_task
 from lmnas.runs.directory import Run
@@ -43,15 +44,34 @@ class FinishedRun:
 
     @property
     def genotype(self) -> Genotype:
+        """The architecture that was found.
+
+        Raises:
+            UserError: the run has not come so far.
+        """
+        self._refuse_unfinished("genotype.json", "genotype")
         return load_genotype(self.path / "genotype.json")
+
+    def _refuse_unfinished(self, file: str, part: str) -> None:
+        if not (self.path / file).is_file():
+            raise UserError(f"run {self.path}: it has no {part} yet; start it again to continue it")
 
     @property
     def report(self) -> Path:
         return self.path / "report.html"
 
     def model(self, device: str = "cpu") -> TrainedModel:
-        """The searched model of the best seed by validation."""
-        spec = json.loads((self.path / "model.json").read_text(encoding="utf-8"))
+        """The searched model of the best seed by validation.
+
+        Raises:
+            UserError: the run has not come so far, or its model cannot be read.
+        """
+        self._refuse_unfinished("model.json", "trained model")
+        try:
+            spec = json.loads((self.path / "model.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            message = f"{self.path / 'model.json'}: cannot be read ({error}); `lmnas train {self.path}` writes it anew"
+            raise UserError(message) from None
         task = open_task(self.recipe)
         module = load_model(self.recipe, task, spec, self.path / "model.safetensors")
         return TrainedModel(module.to(open_device(device)), Genotype.from_dict(spec["genotype"]), task)
