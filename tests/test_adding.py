@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import re
 import subprocess
 import sys
@@ -10,11 +11,15 @@ from pathlib import Path
 import pytest
 import test_contracts as contracts
 import tiny
+from command_line import answer
 
 import lmnas
 from lmnas.cli.main import main
 from lmnas.core import registry
 from lmnas.core.errors import UserError
+from lmnas.core.updates import never, silent
+from lmnas.nn.train import initialise
+from lmnas.runs.executors.base import Call, Setup, open_executor
 from lmnas.runs.recipe import load_recipe
 
 PAGE = (Path(__file__).parents[1] / "docs" / "adding.md").read_text(encoding="utf-8")
@@ -40,7 +45,8 @@ def registered(tmp_path_factory, cache):
 
 
 def test_the_page_has_the_files_and_one_line_for_each():
-    assert FILES.keys() == {"elman.py", "climber.py", "bits.py"}
+    own = {"elman", "tiny_gpt", "climber", "relay", "bits", "reversing", "threads"}
+    assert FILES.keys() == {f"{name}.py" for name in own}
     assert len(LINES.splitlines()) == len(FILES)
 
 
@@ -56,9 +62,9 @@ def test_the_page_has_the_files_and_one_line_for_each():
         contracts.test_weights_and_masks_come_from_the_generator_alone,
     ],
 )
-@pytest.mark.parametrize("settings", [{}, {"allow_skip": False}])
-def test_the_space_keeps_the_contract(registered, contract, settings):
-    contract("elman", settings)
+@pytest.mark.parametrize("name, settings", [("elman", {}), ("elman", {"allow_skip": False}), ("tiny-gpt", {})])
+def test_the_spaces_keep_the_contract(registered, contract, name, settings):
+    contract(name, settings)
 
 
 @pytest.mark.parametrize(
@@ -71,17 +77,55 @@ def test_the_space_keeps_the_contract(registered, contract, settings):
         contracts.test_loading_a_state_does_not_tie_two_strategies,
     ],
 )
-def test_the_strategy_keeps_the_contract(registered, contract):
-    contract("climber")
+@pytest.mark.parametrize("name", ["climber", "relay"])
+def test_the_strategies_keep_the_contract(registered, contract, name):
+    contract(name)
 
 
-def test_the_task_keeps_the_contract(registered, tmp_path):
+@pytest.mark.parametrize("name", ["bits-per-word", "reversing"])
+def test_the_tasks_keep_the_contract(registered, tmp_path, name):
     text = registered / "text.txt"
-    contracts.test_its_data_are_described("bits-per-word", text)
-    contracts.test_a_stream_continues_from_its_state("bits-per-word", text, "train")
-    contracts.test_its_model_learns_from_a_batch("bits-per-word", text)
-    contracts.test_evaluation_repeats_and_leaves_the_model_alone("bits-per-word", text)
-    contracts.test_it_hands_over_what_a_user_needs("bits-per-word", text, tmp_path)
+    contracts.test_its_data_are_described(name, text)
+    contracts.test_a_stream_continues_from_its_state(name, text, "train")
+    contracts.test_its_model_learns_from_a_batch(name, text)
+    contracts.test_evaluation_repeats_and_leaves_the_model_alone(name, text)
+    contracts.test_it_hands_over_what_a_user_needs(name, text, tmp_path)
+
+
+def test_padding_is_in_no_loss(registered):
+    """More padding, or a word in a batch of its own, changes neither loss nor count."""
+    import reversing
+
+    space = registry.create("space", {"name": "tiny-gpt"})
+    body = space.build(space.sample(random.Random(0)), 8)
+    task = registry.create("task", {"name": "reversing"})
+    model = initialise(task.model(body, reversing.ModelSettings(width=8)), 0)
+    together = reversing.padded(["abc", "d", "efgh"])
+    alone = [reversing.padded([word]) for word in ("abc", "d", "efgh")]
+    assert together.n_targets == 8 and [batch.n_targets for batch in alone] == [3, 1, 4]
+    expected = sum(model(batch, {}).value.item() * batch.n_targets for batch in alone) / 8
+    assert model(together, {}).value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_executor_gives_what_this_process_gives(registered):
+    """Results, dependent calls, errors and a stop, as `inline` has them."""
+    squares = [Call(str(n), "calls:square", {"number": n}) for n in range(5)]
+    for name in ("inline", "threads"):
+        with open_executor(name, 2, Setup(), silent, never) as executor:
+            assert dict(executor.run(squares)) == {str(n): n * n for n in range(5)}
+            found = []
+
+            def coming(found=found):
+                yield squares[3]
+                while not found:
+                    yield None
+                yield Call("next", "calls:square", {"number": found[0]})
+
+            for _, result in executor.run(coming()):
+                found.append(result)
+            assert found == [9, 81]
+            with pytest.raises(UserError, match="no such word"):
+                list(executor.run([Call("wrong", "calls:fail", {"kind": "user"})]))
 
 
 def test_a_contract_can_fail(registered, monkeypatch):
@@ -108,6 +152,64 @@ def test_they_run_in_a_search(registered, tmp_path, capsys):
     searched = {s["stage"]: s["value"] for s in results["scores"] if s["model"] == "searched"}
     assert 3 < searched["test"] < 5  # a uniform guess among 19 words is 4.2 bits
     assert len([row for row in results["candidates"] if row["stage"] == "search"]) == 3
+
+
+def searched(recipe, run):
+    """The results of a search, and what depends on no clock."""
+    (run.parent / "toy.json").write_text(json.dumps(recipe))  # JSON is YAML
+    results = answer("search", run.parent / "toy.json", "--run", run)
+    scores = [(s["model"], s["split"], s["seed"], s["value"]) for s in results["scores"]]
+    return results, (scores, results["genotype"]["id"], [row["value"] for row in results["candidates"]])
+
+
+def toy(registered, **changes):
+    return tiny.recipe(
+        registered / "text.txt",
+        search={"seeds": 1, "candidates": 3},
+        estimator={"name": "standalone", "training": tiny.training()},
+        **changes,
+    )
+
+
+def test_a_transformer_is_searched_as_a_language_model(registered, tmp_path):
+    results, _ = searched(toy(registered, space={"name": "tiny-gpt"}), tmp_path / "run")
+    assert results["genotype"]["space"] == "tiny-gpt" and results["noun"] == "decoder"
+    assert {s["model"] for s in results["scores"]} == {"searched", "random", "lstm"}
+    searched_, lstm = (next(s for s in results["scores"] if s["model"] == m) for m in ("searched", "lstm"))
+    assert abs(searched_["n_parameters"] - lstm["n_parameters"]) < 0.5 * lstm["n_parameters"]
+    assert all(s["value"] < 30 for s in results["scores"])
+
+
+def test_a_task_of_pairs_is_searched(registered, tmp_path):
+    training = {"epochs": 2, "model": {"width": 8}, "batches": {"batch_size": 8}}
+    training["optimizer"] = {"learning_rate": 0.5, "averaging": "none"}
+    document = toy(registered, task={"name": "reversing"}, space={"name": "elman"})
+    document["estimator"]["training"] = document["train"]["training"] = training
+    results, _ = searched(document, tmp_path / "run")
+    words = registry.create("task", {"name": "reversing"}).words["test"]
+    tested = [s for s in results["scores"] if s["split"] == "test"]
+    assert tested and {s["n_predictions"] for s in tested} == {sum(map(len, words))}
+    assert all(s["value"] < 10 for s in tested)  # a guess among the symbols
+
+
+def test_threads_change_no_number(registered, tmp_path):
+    found = {}
+    for name in ("inline", "threads"):
+        execution = {"device": "cpu", "threads": 1, "workers": 2, "executor": name, "kernel": "reference"}
+        (tmp_path / name).mkdir()
+        _, found[name] = searched(toy(registered, execution=execution), tmp_path / name / "run")
+    assert found["threads"] == found["inline"]
+
+
+def test_children_continue_their_parents_training(registered, tmp_path):
+    """The third trial is the best of the first two, trained to twice the steps: as if it had never stopped."""
+    document = toy(registered, space={"name": "elman"}, strategy={"name": "relay", "population": 2, "steps": 4})
+    searched(document, tmp_path / "run")
+    with Run(tmp_path / "run") as run:
+        trials = read_trials(run)
+    parent, child = min(trials[:2], key=lambda trial: trial["value"]), trials[2]
+    assert child["genotype"] == parent["genotype"] and child["parent"] == parent["number"]
+    assert (parent["steps"], child["steps"]) == (4, 8)
 
 
 def test_black_box_strategies_are_refused_on_shared_weights(registered):

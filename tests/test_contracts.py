@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from lmnas.core import registry
 from lmnas.core.capabilities import Example, lacking
 from lmnas.core.checkpoints import pack, unpack
-from lmnas.core.contracts import Batch, LearnStep, Objective, Proposal, Relaxed, SharingStrategy
+from lmnas.core.contracts import LearnStep, Objective, Proposal, Relaxed, SharingStrategy
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
@@ -29,7 +30,7 @@ from lmnas.runs.build import covering_space
 
 OBJECTIVE = Objective("error", "", "minimize")
 CPU = torch.device("cpu")
-T, B, H = 6, 3, 5
+T, B, H = 7, 3, 6
 PIXELS = 8
 RATES = {"x": 0.5, "hidden": 0.5, "weight": 0.5, "path": 0.5}
 ENAS = {"n_nodes": 5, "input_activation": "searched", "output": "loose-ends", "sharing": "edge"}
@@ -534,7 +535,7 @@ def test_a_stream_continues_from_its_state(name, text, split):
     restored.load_state_dict(unpack(pack(stream.state_dict())))
     for _ in range(3 * stream.steps_per_epoch):  # over the ends of passes
         first, second = stream.next(), restored.next()
-        assert torch.equal(first.inputs, second.inputs) and torch.equal(first.targets, second.targets)
+        assert pack({"": [first.inputs, first.targets]}) == pack({"": [second.inputs, second.targets]})
         assert first.scale == second.scale and stream.epoch == restored.epoch
     assert stream.epoch >= 2
 
@@ -551,7 +552,7 @@ def test_its_model_learns_from_a_batch(name, text):
     loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter -= 0.1 * parameter.grad
+            parameter -= 0.01 * parameter.grad
     assert model(batch, masks)[0].item() < before
 
 
@@ -566,9 +567,7 @@ def test_evaluation_repeats_and_leaves_the_model_alone(name, text):
         assert task.evaluate(model, split, batches, max_segments=1).n_predictions < first.n_predictions
     assert done and max(done) == pytest.approx(1.0) and all(0 <= fraction <= 1 for fraction in done)
     batch = task.stream("valid", batches, 0).next()
-    assert task.score_batch(model, batch) == task.score_batch(
-        model, Batch(batch.inputs, batch.targets, batch.n_targets)
-    )
+    assert task.score_batch(model, batch) == task.score_batch(model, replace(batch, state=None, scale=1.0))
     assert pack(model.state_dict()) == before
 
 
