@@ -11,16 +11,22 @@ from pathlib import Path
 import pytest
 import test_contracts as contracts
 import tiny
+import torch
 from command_line import answer
 
 import lmnas
 from lmnas.cli.main import main
 from lmnas.core import registry
+from lmnas.core.contracts import Proposal
 from lmnas.core.errors import UserError
+from lmnas.core.job import Job
+from lmnas.core.length import Length
 from lmnas.core.updates import never, silent
 from lmnas.nn.train import initialise
+from lmnas.runs.directory import Run
 from lmnas.runs.executors.base import Call, Setup, open_executor
 from lmnas.runs.recipe import load_recipe
+from lmnas.runs.record import Record
 
 PAGE = (Path(__file__).parents[1] / "docs" / "adding.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^File `(\w+\.py)`:\n\n```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
@@ -202,14 +208,19 @@ def test_threads_change_no_number(registered, tmp_path):
 
 
 def test_children_continue_their_parents_training(registered, tmp_path):
-    """The third trial is the best of the first two, trained to twice the steps: as if it had never stopped."""
+    """A child is trained to twice its parent's steps, to the same bits as one trained so far at once."""
     document = toy(registered, space={"name": "elman"}, strategy={"name": "relay", "population": 2, "steps": 4})
     searched(document, tmp_path / "run")
     with Run(tmp_path / "run") as run:
-        trials = read_trials(run)
-    parent, child = min(trials[:2], key=lambda trial: trial["value"]), trials[2]
-    assert child["genotype"] == parent["genotype"] and child["parent"] == parent["number"]
-    assert (parent["steps"], child["steps"]) == (4, 8)
+        task, space = registry.create("task", run.recipe.task), registry.create("space", run.recipe.space)
+        trials = Record(run, "search", task.objective, space).trials()
+    first, second, child = trials
+    parent = (first, second)[child["parent"]]
+    assert child["genotype"] == parent["genotype"] and parent["value"] == min(first["value"], second["value"])
+    assert child["budget"] == {"amount": 8, "unit": "steps"} and (parent["steps"], child["steps"]) == (4, 8)
+    estimator = registry.create("estimator", run.recipe.estimator, space, task, run.recipe.seed, torch.device("cpu"))
+    at_once = Proposal(child["genotype"], Length(8, "steps"))
+    assert estimator.estimate(at_once, run.recipe.seed, Job(tmp_path / "at-once")).value == child["value"]
 
 
 def test_black_box_strategies_are_refused_on_shared_weights(registered):
