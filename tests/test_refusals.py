@@ -137,7 +137,7 @@ SETTINGS = [
     (["--name", ".."], "name: expected a name that can be part of a file name, got '..'"),
     (["--baselines.a/b.source", "random"], "baselines: expected a name that can be part of"),
     (["--train.training.model.width", str(10**9)], "train.training.model: no machine holds"),
-    (["--estimator.training.model.width", str(10**6)], "estimator.training.model: its weigh"),
+    (["--estimator.training.model.width", str(10**6)], "estimator.training: needs about"),
     # what does not fit the text
     (["--train.training.batches.bptt", "300"], "train.training.batches: bptt 300: longer than"),
     (["--estimator.training.batches.bptt", "300"], "that split 'train' has at batch_size 4"),
