@@ -399,7 +399,7 @@ def stages() -> Iterator[Case]:
             space={"name": cell}, genotype="genotype.json", train={"seeds": 1, "training": training}, baselines={}
         )
         small = ("--rounds", "2", "--round-epochs", "2", "--epochs", "1")
-        for name, extra in (("evidence", ()), ("strength", ("--strength", "0.01", "--pruning", "last", "--seed", "1"))):
+        for name, extra in (("evidence", ()), ("strength", ("--strength", "2e-5", "--pruning", "last", "--seed", "1"))):
             yield Case(
                 f"compress/{cell}/{name}",
                 recipe,
