@@ -15,7 +15,6 @@ default 4 sequences of 512 tokens, not 128. The initial weights are drawn by oth
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lmnas.core import places
 from lmnas.core.errors import UserError, nearest
 from lmnas.core.genotype import Genotype
 from lmnas.core.seeds import generator, rng
@@ -215,10 +215,9 @@ def _chosen(metrics: str | None) -> list[str]:
 
 def _path(data: Path | None) -> Path:
     if data is None:
-        root = os.environ.get("LMNAS_DATA")
-        if not root:
+        data = places.data() / "nas-bench-bert"
+        if not data.is_dir():
             raise UserError(f"--data is missing: {FILE} of NAS-Bench-BERT or its folder (or set LMNAS_DATA)")
-        data = Path(root) / "nas-bench-bert"
     return data / FILE if data.is_dir() else data
 
 

@@ -1,11 +1,11 @@
 """Published tables of trained architectures, read as values: nobody's training is repeated, and none is made up."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmnas.core import places
 from lmnas.core.errors import UserError
 
 NAS_BENCH_NLP = "nas-bench-nlp"
@@ -36,15 +36,15 @@ def nas_bench_nlp(data: str, where: str = "data") -> list[PublishedCell]:
     """All cells of a table in the format of the benchmark's export, in its order.
 
     Args:
-        data: the file, a folder with it, or `nas-bench-nlp` for the one below LMNAS_DATA.
-        where: how messages call it.
+        data: the file, a folder with it, or `nas-bench-nlp` for the one in `places.data()`.
+        where: name of the setting, for messages.
 
     Raises:
         UserError: no such file, or a line that is no entry.
     """
     path = Path(data)
     if data == NAS_BENCH_NLP and not path.exists():
-        path = Path(os.environ.get("LMNAS_DATA", "data")) / NAS_BENCH_NLP
+        path = places.data() / NAS_BENCH_NLP
     path = path / FILE if path.is_dir() else path
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

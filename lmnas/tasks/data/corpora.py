@@ -35,6 +35,7 @@ from typing import Any, BinaryIO, Literal, TextIO
 import numpy as np
 import torch
 
+from lmnas.core import places
 from lmnas.core.errors import UserError, nearest
 from lmnas.tasks.data.download import PUBLISHED, SPLITS, STEMS, published, pydoc_texts, split_files
 
@@ -117,8 +118,6 @@ def open_corpus(
     max_vocabulary: int | None = None,
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     max_train_tokens: int | None = None,
-    data_dir: Path | None = None,
-    cache_dir: Path | None = None,
 ) -> Corpus:
     """Open a corpus by name or path, tokenising it on the first call.
 
@@ -131,9 +130,9 @@ def open_corpus(
         split: shares of train, valid, test, for a single file: each line goes, in order, to the split in whose share
             of the characters it starts.
         max_train_tokens: only the first of train; the vocabulary stays that of the whole train text.
-        data_dir: where ptb and wikitext are looked for, in folders of that name (`penn-treebank`, too), and downloaded
-            to. None: environment variable LMNAS_DATA, else ~/.cache/lmnas/data.
-        cache_dir: where token ids are kept, a folder per fingerprint. None: LMNAS_CACHE, else ~/.cache/lmnas/corpora.
+
+    ptb and wikitext are looked for, and downloaded to, folders of that name (`penn-treebank`, too) in `places.data()`;
+    token ids are kept in `places.cache("corpora")`, a folder per fingerprint.
 
     Raises:
         UserError: unknown name, bad settings, unreadable or unsuitable text, failed download, unwritable cache.
@@ -152,8 +151,7 @@ def open_corpus(
         parts = {key: _Part(partial(io.StringIO, text)) for key, text in texts.items()}
         source = [hashlib.sha256(text.encode()).hexdigest() for text in texts.values()]
     elif data in PUBLISHED:
-        parent = Path(data_dir or os.environ.get("LMNAS_DATA") or "~/.cache/lmnas/data").expanduser()
-        parts, source = _from_folder(published(data, parent))
+        parts, source = _from_folder(published(data, places.data()))
     else:
         path = _existing(data)
         name = path.resolve().name
@@ -169,8 +167,8 @@ def open_corpus(
         "counted": list(SPLITS) if data in PUBLISHED else ["train"],
     }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    root = Path(cache_dir or os.environ.get("LMNAS_CACHE") or "~/.cache/lmnas/corpora").expanduser()
-    meta, ids = _load(root / fingerprint) or _build(root / fingerprint, name, parts, settings)
+    folder = places.cache("corpora") / fingerprint
+    meta, ids = _load(folder) or _build(folder, name, parts, settings)
     return Corpus(name, fingerprint, meta["vocabulary"], ids, rule, meta["unknown_rate"], max_train_tokens)
 
 
@@ -193,6 +191,8 @@ class _Part:
     open: Callable[[], TextIO]
     start: float = 0.0
     stop: float = float("inf")
+    changed: Callable[[], bool] = lambda: False
+    """Whether the text is no longer the one whose digest enters the fingerprint."""
 
     def tokens(self, tokenizer: str) -> Iterator[list[str]]:
         """The tokens of one line, or of a piece of a very long one, at a time."""
@@ -268,10 +268,26 @@ def _scan(path: Path) -> tuple[str, int]:
     return digest.hexdigest(), n_characters + (last != "\n")
 
 
+def _state(path: Path) -> tuple[int, ...]:
+    """Equal for a file that nobody wrote to or replaced in between."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _watch(path: Path) -> Callable[[], bool]:
+    """Tells whether the file was written to or replaced after this call."""
+    before = _state(path)
+    return lambda: _state(path) != before
+
+
 def _from_file(path: Path, split: tuple[float, float, float]) -> _Source:
+    changed = _watch(path)
     digest, n_characters = _scan(path)
     bounds = (0.0, split[0] * n_characters, (split[0] + split[1]) * n_characters, float("inf"))
-    parts = {name: _Part(partial(_open, path), bounds[i], bounds[i + 1]) for i, name in enumerate(SPLITS)}
+    parts = {name: _Part(partial(_open, path), bounds[i], bounds[i + 1], changed) for i, name in enumerate(SPLITS)}
     return parts, [digest, *split]
 
 
@@ -281,7 +297,7 @@ def _from_folder(folder: Path) -> _Source:
         if split not in files:
             names = " or ".join(f"{stem}.txt" for stem in STEMS[split])
             raise UserError(f"folder {folder} lacks its {split} file; expected {names}")
-    parts = {name: _Part(partial(_open, path)) for name, path in files.items()}
+    parts = {name: _Part(partial(_open, path), changed=_watch(path)) for name, path in files.items()}
     return parts, [_scan(path)[0] for path in files.values()]
 
 
@@ -337,7 +353,8 @@ def _build(folder: Path, name: str, parts: Mapping[str, _Part], settings: Mappin
         folder.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
             with replacing(folder / f"{split}.npy") as file:
-                if not _write(file, parts[split].tokens(rule), index, sizes[split]):
+                whole = _write(file, parts[split].tokens(rule), index, sizes[split])
+                if not whole or any(part.changed() for part in parts.values()):
                     raise UserError(f"the {split} text of {name} changed while it was read; try again")
         with replacing(folder / "meta.json") as file:  # last: it says that the entry is complete
             file.write(json.dumps(meta).encode())

@@ -239,7 +239,7 @@ def test_what_is_not_such_a_file_is_refused(place, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             read(place / name)
-    monkeypatch.delenv("LMNAS_DATA", raising=False)
+    monkeypatch.setenv("LMNAS_DATA", str(place))
     with pytest.raises(UserError, match="--data is missing"):
         read(None)
 

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmnas.core import places
 from lmnas.core.errors import UserError
 from lmnas.tasks.data import corpora, download
 from lmnas.tasks.data.corpora import Corpus, open_corpus
 
 LETTERS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
-HERE = Path(os.environ.get("LMNAS_DATA") or "~/.cache/lmnas/data").expanduser()
+HERE = places.data()
 needs_ptb = pytest.mark.skipif(
     not any((HERE / folder).is_dir() for folder in download.PUBLISHED["ptb"]),
     reason="Penn Treebank is not in the folder that LMNAS_DATA names",
@@ -65,8 +66,9 @@ def same(first: Corpus, second: Corpus) -> bool:
 
 
 @needs_ptb
-def test_ptb_has_its_published_counts():
-    corpus = open_corpus("ptb", data_dir=HERE)
+def test_ptb_has_its_published_counts(monkeypatch):
+    monkeypatch.setenv("LMNAS_DATA", str(HERE))
+    corpus = open_corpus("ptb")
     info = corpus.info()
     assert info["tokens"] == {"train": 929_589, "valid": 73_760, "test": 82_430}
     assert info["vocabulary"] == 10_000
@@ -75,9 +77,10 @@ def test_ptb_has_its_published_counts():
 
 
 @needs_ptb
-def test_ptb_by_characters_counts_every_byte():
+def test_ptb_by_characters_counts_every_byte(monkeypatch):
+    monkeypatch.setenv("LMNAS_DATA", str(HERE))
     # Plain ASCII with \n line ends, so a token is a byte; the classic 50 characters.
-    info = open_corpus("ptb", level="char", data_dir=HERE).info()
+    info = open_corpus("ptb", level="char").info()
     assert info["tokens"] == {"train": 5_101_618, "valid": 399_782, "test": 449_945}
     assert (info["vocabulary"], info["level"]) == (50, "char")
 
@@ -99,17 +102,23 @@ def test_wikitext_keeps_blank_lines_and_headings(tmp_path, names):
     assert corpus.info()["unknown_rate"]["valid"] == pytest.approx(1 / 30)
 
 
-def test_ptb_is_found_under_its_usual_names(tmp_path):
+def test_ptb_is_found_under_its_usual_names(tmp_path, monkeypatch):
     text = "the cat <unk> N times \n" * 10
     folder_of(tmp_path / "a" / "penn-treebank", text, text, text)
     folder_of(tmp_path / "b" / "ptb", text, text, text, [f"ptb.{split}.txt" for split in ("train", "valid", "test")])
-    first, second = (open_corpus("ptb", data_dir=tmp_path / name) for name in "ab")
+    found = []
+    for name in "ab":
+        monkeypatch.setenv("LMNAS_DATA", str(tmp_path / name))
+        found.append(open_corpus("ptb"))
+    first, second = found
     assert first.fingerprint == second.fingerprint and first.name == "ptb"
     assert first.vocabulary == ["<eos>", "<unk>", "N", "cat", "the", "times"]
 
 
-def test_pydoc_is_a_small_corpus_without_network(tmp_path):
-    first, second = (open_corpus("pydoc", cache_dir=tmp_path / name) for name in "ab")
+def test_pydoc_is_a_small_corpus_without_network(tmp_path, monkeypatch):
+    first = open_corpus("pydoc")
+    monkeypatch.setenv("LMNAS_CACHE", str(tmp_path / "other"))
+    second = open_corpus("pydoc")
     assert first.fingerprint == second.fingerprint and same(first, second)
     tokens = first.info()["tokens"]
     total = sum(tokens.values())
@@ -210,11 +219,12 @@ def test_vocabulary_cut(tmp_path):
     assert len(open_corpus(path, max_vocabulary=7).vocabulary) == 7
 
 
-def test_a_published_vocabulary_stays_as_it_is(tmp_path):
+def test_a_published_vocabulary_stays_as_it_is(tmp_path, monkeypatch):
     """PTB and WikiText have <unk> in their text; one that has none refuses a new word rather than grow."""
     text = "a b c d\n" * 10
     folder_of(tmp_path / "penn-treebank", text, text, text)
-    corpus = open_corpus("ptb", data_dir=tmp_path)
+    monkeypatch.setenv("LMNAS_DATA", str(tmp_path))
+    corpus = open_corpus("ptb")
     assert corpus.vocabulary == ["<eos>", "a", "b", "c", "d"]
     with pytest.raises(UserError, match="'zebra' is not in the vocabulary of ptb, which has no <unk> token"):
         corpus.encode("a zebra")
@@ -276,7 +286,7 @@ def test_fingerprint_follows_content_and_settings_not_the_path(tmp_path):
 def test_splits_are_memory_maps_that_never_write_to_the_file(tmp_path):
     path = write(tmp_path / "mine.txt", lines_of_text())
     corpus = open_corpus(path)
-    file = tmp_path / "cache" / corpus.fingerprint / "train.npy"
+    file = tmp_path / "cache" / "corpora" / corpus.fingerprint / "train.npy"
     assert str(file) in Path("/proc/self/maps").read_text() if sys.platform == "linux" else True
     ids = corpus.splits["train"]
     assert ids.dtype == torch.int32 and ids.dim() == 1
@@ -291,7 +301,7 @@ def test_broken_entry_is_rebuilt(tmp_path, damage):
     good = open_corpus(path)
     # Copied, as cutting a mapped file short kills the process that reads it; the cache itself only renames.
     good.splits.update({split: ids.clone() for split, ids in good.splits.items()})
-    folder = tmp_path / "cache" / good.fingerprint
+    folder = tmp_path / "cache" / "corpora" / good.fingerprint
     ids, meta = folder / "valid.npy", folder / "meta.json"
     kept = {file.name: file.read_bytes() for file in folder.iterdir()}
     if damage == "truncated":
@@ -320,6 +330,23 @@ def test_failed_build_leaves_no_entry(tmp_path, monkeypatch):
     assert [file for file in (tmp_path / "cache").rglob("*") if file.is_file()] == []
 
 
+def test_a_text_that_is_replaced_while_it_is_read_is_not_cached(tmp_path, monkeypatch):
+    """The fingerprint is that of the bytes that are tokenised; the text put in their place has the same words."""
+    path = Path(write(tmp_path / "mine.txt", lines_of_text()))
+    other = Path(write(tmp_path / "other.txt", "".join(reversed(lines_of_text().splitlines(keepends=True)))))
+    scan = corpora._scan
+
+    def then_replaced(place):
+        found = scan(place)
+        os.replace(other, place)
+        return found
+
+    monkeypatch.setattr(corpora, "_scan", then_replaced)
+    with pytest.raises(UserError, match=r"the train text of mine\.txt changed while it was read; try again"):
+        open_corpus(str(path))
+    assert [file for file in (tmp_path / "cache").rglob("*") if file.is_file()] == []
+
+
 def test_entry_is_used_again(tmp_path, monkeypatch):
     path = write(tmp_path / "mine.txt", lines_of_text())
     first = open_corpus(path)
@@ -341,7 +368,7 @@ def test_processes_build_at_once(tmp_path):
     assert all(process.returncode == 0 for process in processes)
     corpus = open_corpus(path)
     assert answers == {f"{corpus.fingerprint} {sum(int(ids.long().sum()) for ids in corpus.splits.values())}\n"}
-    names = {file.name for file in (tmp_path / "cache" / corpus.fingerprint).iterdir()}
+    names = {file.name for file in (tmp_path / "cache" / "corpora" / corpus.fingerprint).iterdir()}
     assert names == {"train.npy", "valid.npy", "test.npy", "meta.json"}
 
 
@@ -454,15 +481,15 @@ def test_no_network(tmp_path, monkeypatch, name, file):
     assert f"Put {file}, " in text and str(tmp_path / "data" / name) in text and "LMNAS_DATA" in text
 
 
-def test_missing_page_and_unwritable_folder(tmp_path, serve):
+def test_missing_page_and_unwritable_folder(tmp_path, serve, monkeypatch):
     write(tmp_path / "web" / "w.zip", "soon gone")
     serve("wikitext-2", "w.zip")
     (tmp_path / "web" / "w.zip").unlink()
     with pytest.raises(UserError, match=r"could not download .*w\.zip.*\(HTTPError\)"):
         open_corpus("wikitext-2")
-    blocked = write(tmp_path / "a-file", "x")
+    monkeypatch.setenv("LMNAS_DATA", write(tmp_path / "a-file", "x"))
     with pytest.raises(UserError, match=r"could not download it to .*\(Not a directory\)"):
-        open_corpus("wikitext-2", data_dir=Path(blocked))
+        open_corpus("wikitext-2")
 
 
 @pytest.mark.parametrize("name", ["../evil.txt", "/evil.txt", "a/../../evil.txt", "..\\evil.txt", "C:\\evil.txt"])
@@ -589,8 +616,15 @@ def test_unreadable_file_whoever_asks(tmp_path, monkeypatch):
         open_corpus(path)
 
 
-def test_unwritable_cache(tmp_path):
+def test_unwritable_cache(tmp_path, monkeypatch):
     path = write(tmp_path / "mine.txt", lines_of_text())
-    blocked = Path(write(tmp_path / "a-file", "x"))
+    monkeypatch.setenv("LMNAS_CACHE", write(tmp_path / "a-file", "x"))
     with pytest.raises(UserError, match=r"cannot write the token cache .*a-file.*Not a directory.*set LMNAS_CACHE"):
-        open_corpus(path, cache_dir=blocked)
+        open_corpus(path)
+
+
+@pytest.mark.parametrize("variable", ["LMNAS_CACHE", "LMNAS_DATA"])
+def test_a_home_that_is_not_there(monkeypatch, variable):
+    monkeypatch.setenv(variable, "~nosuch/x")
+    with pytest.raises(UserError, match=f"{variable} is '~nosuch/x'; expected a folder"):
+        open_corpus("ptb" if variable == "LMNAS_DATA" else "pydoc")

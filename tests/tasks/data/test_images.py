@@ -6,7 +6,6 @@ import http.server
 import importlib
 import io
 import json
-import pickle
 import tarfile
 import threading
 
@@ -16,9 +15,10 @@ import tiny
 import torch
 
 from lmnas.core.errors import UserError
-from lmnas.tasks.data import download, images
-from lmnas.tasks.data.images import CIFAR10, open_images, read_pictures
-from lmnas.tasks.data.python_batches import Refused, read_batch
+from lmnas.tasks.data import download
+from lmnas.tasks.data.formats import cifar, source
+from lmnas.tasks.data.formats.cifar import CIFAR10
+from lmnas.tasks.data.images import open_images, read_pictures
 
 N = 3
 """Images of a batch; the published ones have 10,000."""
@@ -44,40 +44,10 @@ def binary(pixels, labels):
     return b"".join(bytes([label]) + image.tobytes() for image, label in zip(pixels, labels, strict=True))
 
 
-def old_text(text):
-    """A byte string as Python 2 pickled it."""
-    data = text if isinstance(text, bytes) else text.encode()
-    return b"U" + bytes([len(data)]) + data if len(data) < 256 else b"T" + len(data).to_bytes(4, "little") + data
-
-
-def number(value):
-    return b"K" + bytes([value]) if value < 256 else b"M" + value.to_bytes(2, "little")
-
-
-def python(pixels, labels):
-    """A batch as the archive has it: protocol 2, by Python 2's cPickle, instruction by instruction."""
-    n = len(labels)
-    array = b"cnumpy.core.multiarray\n_reconstruct\nq\x06cnumpy\nndarray\nq\x07K\x00\x85U\x01b\x87Rq\x08"
-    dtype = b"cnumpy\ndtype\nq\x09U\x02u1K\x00K\x01\x87Rq\x0a(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    state = b"(K\x01" + number(n) + number(3072) + b"\x86" + dtype + b"\x89" + old_text(pixels.tobytes()) + b"tb"
-    numbers = b"]q\x04(" + b"".join(number(int(label)) for label in labels) + b"e"
-    files = b"]q\x0b(" + b"".join(old_text(f"image_{i}.png") for i in range(n)) + b"e"
-    entries = [("batch_label", old_text("training batch 1 of 5")), ("labels", numbers), ("data", array + state)]
-    entries.append(("filenames", files))
-    return b"\x80\x02}q\x01(" + b"".join(old_text(key) + value for key, value in entries) + b"u."
-
-
-def names_pickled(names):
-    listed = b"]q\x02(" + b"".join(old_text(name) for name in names) + b"e"
-    return b"\x80\x02}q\x01(" + old_text("num_cases_per_batch") + number(N) + old_text("label_names") + listed + b"u."
-
-
-def members(kind, batches=ALL):
-    if kind == "bin":
-        return {f"{name}.bin": binary(*part) for name, part in batches.items()} | {
-            "batches.meta.txt": ("\n".join(CIFAR10) + "\n\n").encode()
-        }
-    return {name: python(*part) for name, part in batches.items()} | {"batches.meta": names_pickled(CIFAR10)}
+def members(batches=ALL):
+    return {f"{name}.bin": binary(*part) for name, part in batches.items()} | {
+        "batches.meta.txt": ("\n".join(CIFAR10) + "\n\n").encode()
+    }
 
 
 def archive(path, files, folder):
@@ -101,21 +71,9 @@ def same_as_all(found):
     )
 
 
-def test_the_test_writes_pickles_as_python_reads_them():
-    """Independent truth: the standard library's loader gives what was written."""
-    document = pickle.loads(python(*ALL["data_batch_1"]), encoding="bytes")
-    assert np.array_equal(document[b"data"], ALL["data_batch_1"][0].reshape(N, -1))
-    assert document[b"labels"] == ALL["data_batch_1"][1].tolist()
-    ours = read_batch(python(*ALL["data_batch_1"]))
-    assert np.array_equal(ours["data"], document[b"data"]) and ours["data"].dtype == np.uint8
-    assert ours["labels"] == document[b"labels"]
-    assert [name.encode() for name in ours["filenames"]] == document[b"filenames"]
-
-
-@pytest.mark.parametrize("kind", ["bin", "py"])
-def test_archives_and_the_folders_that_they_unpack_to(tmp_path, kind):
-    folder = f"cifar-10-batches-{kind}"
-    path = archive(tmp_path / "mine.tar.gz", members(kind), folder)
+def test_the_archive_and_the_folder_that_it_unpacks_to(tmp_path):
+    folder = "cifar-10-batches-bin"
+    path = archive(tmp_path / "mine.tar.gz", members(), folder)
     found = open_images(str(path))
     assert same_as_all(found) and found.classes == list(CIFAR10) and found.size == (32, 32)
     assert found.name == "mine.tar.gz" and found.n_valid == 1  # a tenth of 15
@@ -123,36 +81,36 @@ def test_archives_and_the_folders_that_they_unpack_to(tmp_path, kind):
     assert same_as_all(again) and again.fingerprint == found.fingerprint
     unpacked = tmp_path / "data" / folder
     unpacked.mkdir(parents=True)
-    for name, content in members(kind).items():
+    for name, content in members().items():
         (unpacked / name).write_bytes(content)
     assert same_as_all(open_images(str(unpacked))) and same_as_all(open_images(str(unpacked.parent)))
 
 
-class Evil:
-    def __reduce__(self):
-        return (print, ("run",))
+def test_the_python_archive_is_not_read(tmp_path):
+    """Its batches are pickles; the refusal says what is read."""
+    pickles = {name: b"\x80\x02}q\x01." for name in NAMES}
+    path = archive(tmp_path / "cifar-10-python.tar.gz", pickles, "cifar-10-batches-py")
+    unpacked = tmp_path / "unpacked" / "cifar-10-batches-py"
+    unpacked.mkdir(parents=True)
+    (unpacked / "data_batch_1").write_bytes(pickles["data_batch_1"])
+    for place in (path, tmp_path, unpacked, unpacked.parent):
+        message = refusal(place)
+        assert "holds pickles, which are not read; expected cifar-10-binary.tar.gz, parquet" in message
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (pickle.dumps(Evil(), protocol=2), "names '__builtin__.print', which is not run"),
-        (pickle.dumps({"a": Evil()}, protocol=2), "which is not run"),
-        (pickle.dumps(Evil(), protocol=4), "has the instruction"),
-        (b"\x80\x02cnumpy\ndtype\nU\x02O8\x85R.", "makes something else than an array of bytes"),
-        (b"\x80\x02U\x05arrayU\x01a\x85R.", "calls what is no function"),
-        (python(*ALL["test_batch"])[:-40], "broken"),
-        (b"", "broken"),
-        (b"K\x01.", "holds no dict"),
-        (b"\x80\x02}(K\x01K\x02K\x03u.", "broken"),
-        (b"\x80\x02h\x05.", "broken"),
-        (b"\x80\x02K\x01K\x02a.", "takes a int for a list"),
-    ],
-)
-def test_pickles_are_not_run(content, message, capsys):
-    with pytest.raises(Refused, match=message.replace("(", r"\(")):
-        read_batch(content)
-    assert not capsys.readouterr().out
+def test_data_that_change_while_they_are_read_are_not_cached(tmp_path, monkeypatch):
+    """The fingerprint is that of the bytes that are decoded."""
+    path = archive(tmp_path / "mine.tar.gz", members(), "cifar-10-batches-bin")
+    digest = cifar.sha256
+
+    def then_replaced(place):
+        found = digest(place)
+        archive(path, members({name: batch(9) for name in NAMES}), "cifar-10-batches-bin")
+        return found
+
+    monkeypatch.setattr(cifar, "sha256", then_replaced)
+    assert "mine.tar.gz changed while it was read; try again" in refusal(path)
+    assert not list((tmp_path / "cache").glob("images/*/meta.json"))
 
 
 def refusal(*arguments, **settings):
@@ -163,7 +121,7 @@ def refusal(*arguments, **settings):
 
 
 def test_broken_archives(tmp_path):
-    whole = archive(tmp_path / "whole.tar.gz", members("bin"), "cifar-10-batches-bin").read_bytes()
+    whole = archive(tmp_path / "whole.tar.gz", members(), "cifar-10-batches-bin").read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
     assert "not a .tar.gz archive, or damaged" in refusal(tmp_path / "cut.tar.gz")
     flipped = bytearray(whole)
@@ -174,17 +132,15 @@ def test_broken_archives(tmp_path):
     assert "not a .tar.gz archive, or damaged" in refusal(tmp_path / "text.tar.gz")
     (tmp_path / "gzipped.tar.gz").write_bytes(gzip.compress(b"no tape"))
     assert "not a .tar.gz archive, or damaged" in refusal(tmp_path / "gzipped.tar.gz")
-    fewer = {name: content for name, content in members("bin").items() if name != "data_batch_3.bin"}
+    fewer = {name: content for name, content in members().items() if name != "data_batch_3.bin"}
     path = archive(tmp_path / "fewer.tar.gz", fewer, "cifar-10-batches-bin")
     assert "data_batch_3.bin is missing" in refusal(path)
-    path = archive(tmp_path / "short.tar.gz", members("bin") | {"test_batch.bin": bytes(3000)}, "cifar-10-batches-bin")
+    path = archive(tmp_path / "short.tar.gz", members() | {"test_batch.bin": bytes(3000)}, "cifar-10-batches-bin")
     assert "test_batch has 3,000 bytes; expected records of 3,073" in refusal(path)
     eleven = {**ALL, "test_batch": (ALL["test_batch"][0], np.array([1, 11, 2]))}
-    path = archive(tmp_path / "eleven.tar.gz", members("bin", eleven), "cifar-10-batches-bin")
+    path = archive(tmp_path / "eleven.tar.gz", members(eleven), "cifar-10-batches-bin")
     assert "split test: image 1 has label 11; there are 10 classes" in refusal(path)
-    path = archive(tmp_path / "py.tar.gz", members("py") | {"data_batch_2": b"\x80\x02."}, "cifar-10-batches-py")
-    assert "data_batch_2 is no batch of CIFAR-10" in refusal(path)
-    assert not list((tmp_path / "cache").glob("*/meta.json"))
+    assert not list((tmp_path / "cache").glob("images/*/meta.json"))
 
 
 def test_members_that_point_elsewhere_are_not_followed(tmp_path):
@@ -198,8 +154,8 @@ def test_members_that_point_elsewhere_are_not_followed(tmp_path):
         bundle.addfile(link)
     assert "is a link or a device" in refusal(path)
     before = set(tmp_path.rglob("*"))
-    path = archive(tmp_path / "up.tar.gz", members("bin"), "../cifar-10-batches-bin")
-    assert "data_batch_1 is missing" in refusal(path)
+    path = archive(tmp_path / "up.tar.gz", members(), "../cifar-10-batches-bin")
+    assert "data_batch_1.bin is missing" in refusal(path)
     assert set(tmp_path.rglob("*")) == before | {path}
 
 
@@ -208,9 +164,10 @@ def test_the_published_name(tmp_path, monkeypatch):
     monkeypatch.setenv("LMNAS_DATA", str(tmp_path / "data"))
     folder = tmp_path / "data" / "cifar10"
     folder.mkdir(parents=True)
-    path = archive(folder / "cifar-10-python.tar.gz", members("py"), "cifar-10-batches-py")
-    assert "its checksum is md5 " in refusal("cifar10") and "c58f30108f718f92721af3b95e74349a" in refusal("cifar10")
-    monkeypatch.setitem(images.ARCHIVES, path.name, hashlib.md5(path.read_bytes()).hexdigest())
+    path = archive(folder / "cifar-10-binary.tar.gz", members(), "cifar-10-batches-bin")
+    assert "its checksum is md5 " in refusal("cifar10") and "c32a1d4ab5d03f1284b67883e8d87530" in refusal("cifar10")
+    right = hashlib.md5(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(download.REMOTES, "cifar10", (download.Remote("", right),))
     found = open_images("cifar10")
     assert same_as_all(found) and found.name == "cifar10"
 
@@ -218,7 +175,7 @@ def test_the_published_name(tmp_path, monkeypatch):
 def test_a_download_with_a_wrong_checksum_is_dropped(tmp_path, monkeypatch):
     served = tmp_path / "served"
     served.mkdir()
-    path = archive(served / "cifar-10-binary.tar.gz", members("bin"), "cifar-10-batches-bin")
+    path = archive(served / "cifar-10-binary.tar.gz", members(), "cifar-10-batches-bin")
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments):
@@ -236,7 +193,6 @@ def test_a_download_with_a_wrong_checksum_is_dropped(tmp_path, monkeypatch):
         assert "does not have the expected checksum, so it was dropped" in refusal("cifar10")
         assert not list((tmp_path / "data").rglob("*.gz"))
         monkeypatch.setitem(download.REMOTES, "cifar10", (download.Remote(url, right),))
-        monkeypatch.setitem(images.ARCHIVES, path.name, right)
         assert same_as_all(open_images("cifar10"))
         server.shutdown()
 
@@ -321,6 +277,34 @@ def test_parquet_refusals(tmp_path):
     assert "lacks its test split" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ([0.7, 1.4, 0.0, 1.0], "has values of type double; expected integers"),
+        ([0, None, 1, 1], "lacks the label of 1 images"),
+        ([0, 1, 1, 2**40], "would make 1,099,511,627,777 classes"),
+    ],
+)
+def test_labels_that_are_no_classes(tmp_path, values, message):
+    arrow = pytest.importorskip("pyarrow", reason="the extra `images` is not installed")
+    import pyarrow.parquet as pq
+
+    rows = [{"bytes": png(image), "path": ""} for image in batch(0, 4)[0]]
+    for split in ("train", "test"):
+        pq.write_table(arrow.table({"img": rows, "label": values}), tmp_path / f"{split}.parquet")
+    assert message in refusal(tmp_path)
+
+
+def test_pictures_reach_no_other_decoder_and_keep_their_values(tmp_path):
+    pillow = pytest.importorskip("PIL.Image", reason="the extra `images` is not installed")
+    folder = tiny.pictures(tmp_path / "mine")
+    path = folder / "train" / "red" / "0.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    assert "0.png: not an image, or damaged" in refusal(folder)
+    pillow.fromarray(np.full((8, 8), 300, np.uint16)).save(path)
+    assert "0.png: more than 8 bits a channel" in refusal(folder)
+
+
 @pytest.mark.parametrize("module, package", [("pyarrow.parquet", "pyarrow"), ("PIL.Image", "pillow")])
 def test_the_extra_is_named_where_it_is_missing(tmp_path, monkeypatch, module, package):
     pixels, labels = batch(0, 4)
@@ -333,7 +317,7 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path, monkeypatch, module, p
             raise ModuleNotFoundError(name)
         return real(name, *arguments)
 
-    monkeypatch.setattr(images.importlib, "import_module", absent)
+    monkeypatch.setattr(source.importlib, "import_module", absent)
     assert f"need {package}, which is not installed: pip install 'lmnas[images]'" in refusal(tmp_path)
 
 
@@ -392,8 +376,10 @@ def test_pictures_for_a_trained_model(tmp_path):
 # ------------------------------------------------------------------------------------------------- shapes, statistics
 
 
-def test_shapes_are_the_same_every_time_and_differ_between_splits(tmp_path):
-    found, again = open_images("shapes"), open_images("shapes", cache_dir=tmp_path / "other")
+def test_shapes_are_the_same_every_time_and_differ_between_splits(tmp_path, monkeypatch):
+    found = open_images("shapes")
+    monkeypatch.setenv("LMNAS_CACHE", str(tmp_path / "other"))
+    again = open_images("shapes")
     assert found.fingerprint == again.fingerprint
     assert torch.equal(found.images["train"], again.images["train"])
     assert found.info()["images"] == {"train": 7200, "valid": 800, "test": 2000}
@@ -412,7 +398,7 @@ def test_statistics_are_those_of_the_training_split_alone(tmp_path):
 
 def test_a_broken_cache_is_made_anew(tmp_path):
     first = open_images("shapes")
-    (path,) = (tmp_path / "cache").glob("*/test-images.npy")
+    (path,) = (tmp_path / "cache").glob("images/*/test-images.npy")
     content = path.read_bytes()
     path.unlink()  # not written over: the first set has it mapped
     path.write_bytes(content[:1000])
@@ -420,12 +406,13 @@ def test_a_broken_cache_is_made_anew(tmp_path):
     assert path.read_bytes() == content
 
 
-def test_cifar10(shared_data, tmp_path):
+def test_cifar10(shared_data, tmp_path, monkeypatch):
     """The file of each image says its class; sizes are the published ones, and 5,000 are held out, as in ENAS."""
     arrow = pytest.importorskip("pyarrow.parquet", reason="the extra `images` is not installed")
     if not (shared_data / "cifar10" / "test.parquet").is_file():
         pytest.skip("no CIFAR-10 there")
-    found = open_images("cifar10", data_dir=shared_data)
+    monkeypatch.setenv("LMNAS_DATA", str(shared_data))
+    found = open_images("cifar10")
     assert found.info()["images"] == {"train": 45_000, "valid": 5_000, "test": 10_000} and found.size == (32, 32)
     assert torch.bincount(found.labels["train"]).tolist() == [5000] * 10
     paths = arrow.read_table(shared_data / "cifar10" / "test.parquet").column("img").combine_chunks().field("path")
