@@ -414,7 +414,8 @@ def test_a_run_whose_recipe_was_damaged(refused):
 
 
 def test_all_candidates_fail(folder, capsys):
-    hopeless = ["--estimator.training.optimizer.learning_rate", "1e30", "--estimator.training.optimizer.clip", "1e30"]
+    # beyond float32: every weight overflows at the first update, whatever the machine's rounding
+    hopeless = ["--estimator.training.optimizer.learning_rate", "1e300"]
     assert main(["search", "tiny.yaml", *hopeless]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("lmnas: search: every candidate failed (diverged at step 1")
