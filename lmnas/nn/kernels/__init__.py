@@ -1,6 +1,6 @@
 """Every hot operation behind one signature; `reference` defines what is right, `dispatch` runs the kernel chosen."""
 
-from lmnas.nn.kernels.choice import DEFAULT_CHUNK, Kernels, current, plain, planning, use, using
+from lmnas.nn.kernels.choice import plain, planning, use, using
 from lmnas.nn.kernels.dispatch import (
     decide,
     keeps_a_block,
@@ -11,6 +11,7 @@ from lmnas.nn.kernels.dispatch import (
     recurrent_path,
     unavailable,
 )
+from lmnas.nn.kernels.in_use import DEFAULT_CHUNK, Kernels, current
 from lmnas.nn.kernels.reference import OPS, BatchNorm, Operands, Program, edges, first_edge
 
 __all__ = [

@@ -1,45 +1,18 @@
-"""The kernel that this process runs, as one frozen value, and the only place that holds it.
-
-It is the process' and not the thread's: autograd runs backward passes on threads of its own.
-"""
+"""Choice of the kernel that this process runs."""
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lmnas.core.errors import UserError, nearest
 from lmnas.nn.kernel_table import KERNELS, PLAIN
+from lmnas.nn.kernels.in_use import current, put
 
 if TYPE_CHECKING:
     from lmnas.nn.kernels.reference import Reference
-
-DEFAULT_CHUNK = 5_000_000
-"""Logits held at once: about the size of a processor's cache."""
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What runs.
-
-    Attributes:
-        kernel: a name of `KERNELS`.
-        chunk: logits that the loss holds at once. Its sums depend on it in their last digits.
-        planned: the kernel whose memory tensors of the `meta` device stand for.
-    """
-
-    kernel: str = PLAIN
-    chunk: int = DEFAULT_CHUNK
-    planned: str = PLAIN
-
-
-_current = Kernels()
-
-
-def current() -> Kernels:
-    return _current
 
 
 @cache
@@ -59,24 +32,22 @@ def use(**changes: Any) -> None:
     """Change fields of `Kernels` for this process from here on; a kernel that must be compiled is compiled now.
 
     Raises:
-        UserError: the kernel is unknown or cannot be had.
+        UserError: the kernel is unknown or unavailable.
     """
-    global _current
     if "kernel" in changes:
         kernel_named(changes["kernel"]).prepare()
-    _current = replace(_current, **changes)
+    put(replace(current(), **changes))
 
 
 @contextlib.contextmanager
 def using(**changes: Any) -> Iterator[None]:
     """`use`, inside the block only: what was in use before comes back, whatever the block chose."""
-    global _current
-    before = _current
+    before = current()
     try:
         use(**changes)
         yield
     finally:
-        _current = before
+        put(before)
 
 
 def plain() -> contextlib.AbstractContextManager[None]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmnas.nn.kernels.choice import current
+from lmnas.nn.kernels.in_use import current
 
 
 def linear_cross_entropy_reference(
@@ -34,7 +34,7 @@ def linear_cross_entropy(
         targets: (N,) class ids.
 
     Returns:
-        Scalar; NaN where every target is ignored, as PyTorch has it. Differentiable once.
+        Scalar; NaN where every target is ignored, as in PyTorch. Differentiable once.
     """
     if not torch.is_grad_enabled():  # autograd would tell `forward` that gradients are needed all the same
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
@@ -47,7 +47,7 @@ def chunk_rows(n_classes: int) -> int:
 
 
 def scaled(context, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients that forward made, times that of the loss, which mostly is exactly one."""
+    """Gradients from the forward pass times the gradient of the loss, which usually is exactly one."""
     if gradient.device.type == "cpu" and gradient.item() == 1.0:
         return (*context.saved_tensors, None, None)
     return (*(None if d is None else d * gradient for d in context.saved_tensors), None, None)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lmnas.nn.kernel_table import PLAIN
 from lmnas.nn.kernels import cross_entropy, fused, planned, reference
-from lmnas.nn.kernels.choice import current, kernel_named
+from lmnas.nn.kernels.choice import kernel_named
+from lmnas.nn.kernels.in_use import current
 from lmnas.nn.kernels.reference import Operands, Program
 
 
@@ -33,7 +34,7 @@ def decide(seconds_of_work_ahead: Callable[[], float]) -> tuple[str, str]:
 
 
 def unavailable(kernel: str) -> str | None:
-    """Why this kernel cannot be had here, as far as is known before compiling; None: it can."""
+    """Reason that `kernel` is unavailable here, as far as known before compiling; None: it is available."""
     return kernel_named(kernel).unavailable()
 
 
