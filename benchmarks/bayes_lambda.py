@@ -26,7 +26,7 @@ from lmnas.runs.recipe import load_recipe
 
 
 def overrides(recipe: str, strength: float, given: dict[str, Any]) -> dict[str, Any]:
-    """Of one run: the sparse space of the recipe's size, this lambda, no baselines."""
+    """Overrides of one run: the sparse space of the recipe's size, this lambda, no baselines."""
     strategy = lmnas.core.registry.settings_of("strategy", load_recipe(recipe, given).strategy, "strategy")
     space = lmnas.core.registry.settings_of("space", load_recipe(recipe, given).space, "space")
     return {
@@ -65,7 +65,7 @@ def one(recipe: str, strength: float, out: Path, given: dict[str, Any]) -> dict[
 
 
 def front(rows: list[dict[str, Any]], objective: Objective) -> list[dict[str, Any]]:
-    """Those that no other beats in both parameters and value, by size."""
+    """Rows that no other beats in both parameters and value, by size."""
     ordered = sorted(rows, key=lambda row: (row["n_parameters"], objective.key(row["mean"])))
     best: list[dict[str, Any]] = []
     for row in ordered:

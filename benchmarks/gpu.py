@@ -48,7 +48,7 @@ WAYS = ("graphs", "eager", "reference", "lstm")
 
 @dataclass(frozen=True)
 class Size:
-    """What a row measures at. `bptt` in tokens."""
+    """Sizes at which a row is measured; `bptt` in tokens."""
 
     width: int
     batch_size: int
@@ -180,12 +180,12 @@ def choose(way: str) -> None:
 
 
 def ways_of(device: torch.device) -> list[str]:
-    """What can be measured: a CPU records nothing."""
+    """Ways that can be measured on `device`: a CPU records no graphs."""
     return [way for way in WAYS if way != "graphs" or device.type != "cpu"]
 
 
 def measure(name: str, size: Size, device: torch.device, ways: list[str], rounds: int) -> dict[str, dict]:
-    """By way: `milliseconds` (every round's), their median, `peak_bytes` above models and data, `seconds_per_epoch`."""
+    """Way -> `milliseconds` (every round's), their median, `peak_bytes` above models and data, `seconds_per_epoch`."""
     steps = {way: (lstm if way == "lstm" else ROWS[name])(size, device) for way in ways}
 
     def seconds(way: str) -> float:

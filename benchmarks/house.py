@@ -203,7 +203,7 @@ def lines(sources: Mapping[Path, str]) -> int:
 
 
 def survey(folder: Path) -> dict[str, Any]:
-    """What is counted -> number, or the places where it was found."""
+    """Name of a count -> number, or the places where it was found."""
     checkout = Checkout(folder)
     parts = {checkout.part(checkout.module(path)) for path in checkout.files} - {""}
     between = arrows(checkout)

@@ -1,4 +1,4 @@
-"""What `torch.nn.LSTM` reaches on Penn Treebank in a plain script: a check that lmnas' training code is sound.
+"""Perplexity of `torch.nn.LSTM` on Penn Treebank in a plain script: a check that lmnas' training code is sound.
 
 Nothing here comes from lmnas: text split at blanks, nn.LSTM, nn.functional.dropout, SGD with clipping, fixed segments.
 Compare with the `lstm` rows of the small recipes (docs/results.md).

@@ -90,7 +90,7 @@ def loss(weights: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def curvature(weights: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """By the recursion through time, without the terms that may be negative."""
+    """Curvature by the recursion through time, without the terms that may be negative."""
     u, y = data
     chain = Chain(weights["w_x"], weights["w_i"], weights["w_o"].diag())
     found = chain_diagonal(chain, u, y.new_zeros(y.shape[1:]), y, "squared-error", curved=False)
@@ -156,7 +156,7 @@ def lasso(world: World, data: Data, seed: int, strength: float) -> Fit:
 
 
 def largest(fit: Fit, units: int, inputs: int) -> dict[str, Tensor]:
-    """The strips of largest norm, so many of each family."""
+    """The strips of largest norm, the given number of each family."""
     kept = {}
     for (name, norms), n in zip(fit.strips.norms(fit.weights).items(), (units, inputs), strict=True):
         kept[name] = torch.zeros_like(norms, dtype=torch.bool).index_fill(0, norms.topk(n).indices, True)
@@ -189,7 +189,7 @@ def bic_strength(world: World, data: Data, dense: Fit) -> float:
 
 
 def one_seed(world: World, seed: int) -> dict[str, dict[str, float]]:
-    """What each method finds in the data of one seed."""
+    """Results of each method on the data of one seed."""
     data = Data(world, seed)
     dense = lasso(world, data, seed, 0.0)
     strength = bic_strength(world, data, dense)

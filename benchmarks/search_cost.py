@@ -1,4 +1,4 @@
-"""What a search costs: the search stage of several recipes, one seed and one thread each, one after the other.
+"""Cost of a search: the search stage of several recipes, one seed and one thread each, one after the other.
 
 CPU seconds of this process, which other programs disturb least, and their ratio to the first recipe's.
 

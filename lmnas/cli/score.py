@@ -1,4 +1,4 @@
-"""Training-free scores of architectures: what `lmnas score` prints.
+"""Training-free scores of architectures: the output of `lmnas score`.
 
 Every network is scored untrained, on one batch of text. Values are the metrics' own; the tables of a benchmark turn
 them so that higher is better.
@@ -33,18 +33,18 @@ from lmnas.runs.progress import Display, Stop
 from lmnas.tasks.data.corpora import open_corpus
 
 COLUMNS, STEPS = 50, 70
-"""The paper's batch of text."""
+"""Sequences and length of the paper's batch of text."""
 INIT_RANGE = 0.1
-"""Of the embedding (Klyuchnikov et al., 2020)."""
+"""Range of the initial embedding (Klyuchnikov et al., 2020)."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How networks are scored; a value, so that other processes can be handed it.
+    """Settings of the scoring of networks; a value, so that it can be sent to other processes.
 
     Attributes:
         data: the corpus whose words are counted and whose text is read.
-        split: where the batch comes from.
+        split: split that the batch is taken from.
         width: of embedding and output.
         inner: widths of layers before the last, for spaces that stack.
         seed: of the weights and of the metrics' noise.
@@ -125,7 +125,7 @@ _text = functools.lru_cache(maxsize=1)(batch_of_text)
 def score_one(
     *, genotype: Any, protocol: Any, metrics: list[str], needs_text: bool, report: Report, stop: StopAsked
 ) -> Values:
-    """What the `Call` of one architecture names."""
+    """Target of the `Call` of one architecture."""
     keep_freed_memory()
     given = Protocol(**{**protocol, "inner": tuple(protocol["inner"])})
     text = _text(given.data, given.split) if needs_text else NO_TEXT

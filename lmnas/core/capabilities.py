@@ -23,7 +23,7 @@ WORDS = {
     "sequence": "(T, B, H) -> (T, B, F)",
     "image": "(B, 3, S, S) -> (B, F)",
 }
-"""In the order in which a sentence has them: "causal stateful sequence bodies"."""
+"""Capabilities in their order in a sentence: "causal stateful sequence bodies"."""
 
 
 def lacking(takes: Iterable[str], makes: Iterable[str]) -> frozenset[str]:
@@ -51,7 +51,7 @@ def refuse_unfit(part: str, takes: Iterable[str], space: str, makes: Iterable[st
 
 
 def check_words(words: Iterable[str], where: str) -> None:
-    """Refuse words that nobody knows.
+    """Refuse unknown words.
 
     Raises:
         UserError: names the word and the nearest known one.

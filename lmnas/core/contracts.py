@@ -27,7 +27,7 @@ Mixture = Mapping[str, Tensor]
 """Table name -> (E, K) weights: what a supernet runs when a strategy relaxes the choice."""
 
 Choice = Genotype | Mixture | None
-"""What a body runs: one path, a mixture of all, or (None) the only thing a stand-alone body can."""
+"""Choice that a body runs: one path, a mixture of all, or None for a stand-alone body, which can do one thing."""
 
 Masks = Mapping[str, Tensor]
 """Dropout masks by name, drawn once per segment, already divided by the keep probability. Empty: no dropout. Masks are
@@ -39,12 +39,12 @@ State = Nest
 
 @dataclass(frozen=True)
 class Objective:
-    """What is measured. `unit` reads after the number: 112.3 `per word`.
+    """Quantity that a task measures. `unit` reads after the number: 112.3 `per word`.
 
     Attributes:
         worst: the worst value that there can be, where there is one (an error rate: 100 %); a reward can then be the
             share of it that was avoided.
-        items: what predictions are made for, and throughput counts, in the plural (`images`); None: tokens.
+        items: unit of predictions and of throughput, in the plural (`images`); None: tokens.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Objective:
     items: str | None = None
 
     def better(self, first: float, second: float) -> bool:
-        """Whether `first` beats `second`; a value that is not finite beats nothing."""
+        """True if `first` is better than `second`; NaN is never better, and any number is better than NaN."""
         if first != first:
             return False
         return second != second or (first < second if self.direction == "minimize" else first > second)
@@ -282,7 +282,7 @@ class Relaxed(Space):
 
     @abstractmethod
     def derive(self, mixture: Mixture) -> Genotype:
-        """The discrete architecture that a mixture stands for."""
+        """Discrete architecture of a mixture."""
 
 
 class GraphSpace(Space):
@@ -311,7 +311,7 @@ def relaxed(space: Space, part: str) -> Relaxed:
 
 
 def refuse_unrelaxed(space: type[Space], part: str) -> None:
-    """As `relaxed`, of a space that has not been opened.
+    """Refuse a space without a relaxation, as `relaxed` does, before it is opened.
 
     Raises:
         UserError
@@ -325,7 +325,7 @@ def refuse_unrelaxed(space: type[Space], part: str) -> None:
 
 @dataclass
 class LearnStep:
-    """What a gradient strategy may use at one step: values and losses, never a model.
+    """Values and losses that a gradient strategy may use at one step; never a model.
 
     Both losses are functions of (weights, mixture) with this step's data, carried state and dropout masks inside, so
     calling one twice differs in its arguments alone.
@@ -399,7 +399,7 @@ class SharingStrategy(Strategy):
 
     @abstractmethod
     def choice(self, step: int) -> Choice:
-        """What the supernet runs at training step `step`."""
+        """Choice that the supernet runs at training step `step`."""
 
     def learn(self, step: LearnStep) -> None:
         """One update of what the strategy learns by gradient; called only if `needs` has `mixture`."""
@@ -543,7 +543,7 @@ class Stream(ABC):
 
 
 Role = Literal["matrix", "embedding", "gain"]
-"""What a parameter is: a matrix of the body; an embedding or a head; a gain or a bias (one axis)."""
+"""Role of a parameter: a matrix of the body; an embedding or a head; a gain or a bias (one axis)."""
 
 
 class Model(nn.Module, ABC):
@@ -588,7 +588,7 @@ class Model(nn.Module, ABC):
 
 
 class SoftmaxModel(Model):
-    """A model that ends in one softmax layer over all of a batch's targets: its curvature can be had."""
+    """A model that ends in one softmax layer over all of a batch's targets: its curvature can be computed."""
 
     def embedded(self, batch: Batch, masks: Masks) -> Tensor:
         """The body's input."""
@@ -647,7 +647,7 @@ class Task(ABC):
         tick: Callable[[float], None] | None = None,
         max_segments: int | None = None,
     ) -> Score:
-        """The metric over a whole split, or the first `max_segments` batches; `tick` is told the fraction done."""
+        """The metric over a whole split, or the first `max_segments` batches; `tick` gets the fraction done."""
 
     @abstractmethod
     def score_text(self, model: Model, text: str) -> Score:
@@ -655,4 +655,4 @@ class Task(ABC):
 
     @abstractmethod
     def save_assets(self, directory: Path) -> None:
-        """What a user of the trained model needs beside its weights (a vocabulary, label names)."""
+        """Write the files that the trained model needs besides its weights (a vocabulary, label names)."""

@@ -30,7 +30,7 @@ class Decision(ABC):
     Attributes:
         name: unique within the space, `node_3.input`.
         options: a decision with a single outcome is a constant that the genotype records.
-        node: index of the graph node that the decision shapes; decisions of one node stand together, in node order.
+        node: index of the graph node that the decision shapes; decisions of one node are adjacent, in node order.
         reads_node: the options are indices of earlier nodes (a controller may attend to them).
         when: (name of an earlier decision, its values) for which this one is active; None: always.
         graph: which graph the nodes belong to, where a space has several (a normal and a reduction cell).
@@ -59,7 +59,7 @@ class Decision(ABC):
 
     @abstractmethod
     def from_action(self, action: Any) -> Any:
-        """The value that an action stands for."""
+        """Value of an action."""
 
     @abstractmethod
     def count(self) -> int:
@@ -87,7 +87,7 @@ class Decision(ABC):
 
     @abstractmethod
     def from_parameters(self, parameters: Mapping[str, Any]) -> Any:
-        """The value that Optuna's parameters stand for."""
+        """Value given by Optuna's parameters."""
 
     @abstractmethod
     def check(self, value: Any) -> str | None:
@@ -135,7 +135,7 @@ class OneOf(Decision):
         return parameters[self.name]
 
     def check(self, value: Any) -> str | None:
-        """As any decision's. `True` is not 1 here, although Python says so."""
+        """Fault of `value`, in words; None: it has none. `True` does not equal 1 here, unlike in Python."""
         if any(option == value and type(option) is type(value) for option in self.options):
             return None
         return f"{value!r} is not one of {', '.join(map(str, self.options))}. " + nearest(value, map(str, self.options))

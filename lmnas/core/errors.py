@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one line: what was given, what was expected, the nearest valid name."""
+"""Errors of the user in one line: what was given, what was expected, the nearest valid name."""
 
 import difflib
 from collections.abc import Iterable

@@ -13,9 +13,9 @@ from typing import Any
 from lmnas.core.errors import UserError
 
 WRITE_ATTEMPTS = 3
-"""Writing is tried so often before an error ends the run: a file system may be full or away for a moment."""
+"""Number of write attempts before an error ends the run: a file system may be full or away for a moment."""
 PAUSE_SECONDS = 1.0
-"""Between attempts."""
+"""Seconds between attempts."""
 
 
 def _attempt(path: Path, write: Callable[[], None]) -> None:
@@ -30,7 +30,7 @@ def _attempt(path: Path, write: Callable[[], None]) -> None:
 
 
 def not_written(path: Path, error: OSError) -> str:
-    """What to tell the user when the disk is full or away."""
+    """Message to the user when the disk is full or away."""
     return (
         f"{path}: cannot be written ({error.strerror or error}); what was saved before is intact. Make room or repair "
         f"the disk, then run the same command again to continue"
@@ -41,7 +41,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace `path` whole or not at all.
 
     Raises:
-        UserError: it cannot be written; what stood there before is untouched.
+        UserError: it cannot be written; the previous content is untouched.
     """
     data = content.encode() if isinstance(content, str) else content
     # always the same name, so that a continued run writes over what a kill left behind

@@ -19,7 +19,7 @@ from lmnas.core.updates import Incident, Progress, Report, Stop, never, silent
 
 
 class Job:
-    """What a job's code may use of the world.
+    """Directory, reporting and stop signal that a job's code may use.
 
     Args:
         directory: the job's own.
@@ -95,7 +95,7 @@ class Job:
     # ------------------------------------------------------------------------------------------------------- results
 
     def write_spec(self, spec: dict[str, Any]) -> None:
-        """What this job is; the first start writes it."""
+        """Write the specification of this job unless an earlier start did."""
         if read_spec(self.directory) is None:
             write_json(self.directory / SPEC, spec)
 
@@ -116,7 +116,7 @@ def read_result(directory: Path) -> dict[str, Any] | None:
 
 
 def read_spec(directory: Path) -> dict[str, Any] | None:
-    """What a job is, or None if it never started."""
+    """Specification of a job, or None if it never started."""
     return _read(directory / SPEC)
 
 

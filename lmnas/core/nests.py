@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 Nest = Any
-"""A tensor, or a tuple, list or dict of nests; None and plain values may stand among them. Its user knows the form."""
+"""A tensor, or a tuple, list or dict of nests; it may also hold None and plain values. Its user knows the form."""
 
 
 def map_tensors(function: Callable[[Tensor], Any], nest: Nest) -> Nest:

@@ -1,4 +1,4 @@
-"""Proposals and trials: what a strategy asks for, and what became of it. Both are small frozen values."""
+"""Proposals of a strategy and trials, their results. Both are small frozen values."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 UNLIMITED = 1_000_000
-"""Characters of a line where no terminal says how many."""
+"""Number of characters of a line without a terminal."""
 
 
 def seconds_text(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What running work says of itself, as values: a remote worker can send them."""
+"""Messages of running work, as values that a remote worker can send."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
-"""What a training will cost, known before it starts: its model runs once on the `meta` device, where tensors have
-shapes and no memory. What autograd would hold and what products cost is counted there, for any space and any task.
+"""Forecast of the cost of a training before it starts: its model runs once on the `meta` device, where tensors have
+shapes and no memory. Bytes held by autograd and operations of products are counted there, for any space and any task.
 
     step      = weights + gradients + optimiser state + what autograd holds + a chunk of logits + a strategy's copies
     training  = step + averaged and best weights, and room for a checkpoint, which is made between two steps
@@ -33,7 +33,7 @@ THREAD_STACK = 72 * 2**20
 TRAINING_PASSES = 3.0
 """Operations of forward and backward, in forwards."""
 PLAIN_FLOPS = 20e9
-"""Floating-point operations a second of the plain kernel: low for large models, so that auto rather compiles late."""
+"""Floating-point operations a second of the plain kernel: low for large models, so that `auto` compiles late."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class StepBytes:
 
     weights: int
     gradients: int
-    """Of the weights that take part, and once more the largest one's, on its way."""
+    """Gradients of the weights that take part, and a second copy of the largest one while it is made."""
     optimizer: int
     kept: int
-    """What autograd holds for backward: activations, dropout masks, the loss' own gradients."""
+    """Tensors that autograd holds for backward: activations, dropout masks, the loss' own gradients."""
     logits: int
     copies: int
     """Further copies of the weights: of a second-order step, of averaging, of the best so far."""
 
     def with_chunk(self, chunk: int) -> "StepBytes":
-        """With so many logits held at once: themselves, and as many numbers on their way to probabilities."""
+        """The same step with `chunk` logits held at once: the logits and equally many intermediate values."""
         return replace(self, logits=2 * 4 * chunk)
 
     @property
@@ -138,7 +138,7 @@ def training_bytes(forecast: StepBytes, *, averaged: bool, best: bool) -> int:
 
 
 def example_choice(space: Space, mixture: bool, rng: Any) -> Choice:
-    """What a supernet on `meta` runs in a forecast: the mixture that a gradient learns, else one path."""
+    """Choice that a supernet on `meta` runs in a forecast: a mixture if `mixture` is set, else one path."""
     if not mixture:
         return space.sample(rng)
     return {
@@ -194,7 +194,7 @@ def _mapped() -> int:
 
 
 def _cgroup_free(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """What this process' control group, or one above it, leaves; None: no limit.
+    """Bytes that this process' control group, or one above it, leaves free; None: no limit.
 
     Version 2 has `memory.max` and `memory.current`, version 1 has `memory/memory.limit_in_bytes` and its usage.
     """

@@ -9,6 +9,6 @@ KERNELS = {
     "segment": "lmnas.nn.kernels.segment:Segment",
 }
 PLAIN = "reference"
-"""What runs where nothing else is chosen or taken."""
+"""Kernel that runs where no other is chosen or supports the operation."""
 CHOICES = ("auto", *KERNELS)
-"""What `execution.kernel` and `--kernel` take."""
+"""Values of `execution.kernel` and `--kernel`."""

@@ -46,7 +46,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Data:
-    """Text that is shown as it stands, folded under its title."""
+    """Text that is shown unchanged, folded under its title."""
 
     title: str
     text: str
@@ -60,7 +60,7 @@ EMPTY: tuple[Any, ...] = (None, [], {}, "")
 
 @dataclass(frozen=True)
 class Context:
-    """Where a detail or statistic stands.
+    """Surroundings of a detail or statistic in a record.
 
     Attributes:
         beside: the record that holds it, by name.

@@ -124,7 +124,7 @@ def _size(label: str, kind: str) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where everything goes.
+    """Positions of the parts of a drawing.
 
     Attributes:
         nodes: key -> (label, kind), labels of connections among them.

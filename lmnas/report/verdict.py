@@ -59,7 +59,7 @@ class Wording:
         return names.get(model, f"the model {model!r}")
 
     def order(self, models: Iterable[str]) -> list[str]:
-        """In the order of the table: the known ones, then the others by alphabet."""
+        """Models in the order of the table: the known ones, then the others by alphabet."""
         return _first(models, (SEARCHED, RANDOM, *self.baselines))
 
 

@@ -36,7 +36,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run directory holds."""
+    """Content of a run directory."""
 
     path: Path
     recipe: Recipe

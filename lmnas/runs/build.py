@@ -34,7 +34,7 @@ def open_recipe(recipe: Recipe, device: str | None = None) -> Opened:
     """Open everything that a recipe names.
 
     Raises:
-        UserError: no such device or data, or a space that cannot be.
+        UserError: no such device or data, or a space with invalid settings.
     """
     found = open_device(recipe.execution.device if device is None else device)
     return Opened(recipe, open_task(recipe), open_space(recipe), found)
@@ -61,8 +61,8 @@ def covering_space(genotype: Genotype) -> Space:
 
 
 def space_for(recipe: Recipe, genotype: Genotype) -> Space:
-    """Where a model of a recipe is built: in the recipe's own space, whose settings may shape the body (its layers), if
-    that holds `genotype`; else in one that covers it.
+    """Space in which a model of a recipe is built: the recipe's own, whose settings may shape the body (its layers), if
+    it holds `genotype`; else one that covers it.
 
     Raises:
         UserError: unknown space, or not a genotype of it.
@@ -84,7 +84,11 @@ def open_estimator(recipe: Recipe, space: Space, task: Task, search: int, device
 
 
 def open_device(name: str) -> torch.device:
-    """Raises UserError where there is no such device."""
+    """Open a device by its name.
+
+    Raises:
+        UserError: there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -41,7 +41,7 @@ FORMAT = 1
 SPEC = "dense.json"
 PICTURE = "strips.svg"
 AFTER_ADAM = 1.0
-"""Learning rate of SGD where the run used Adam, whose rate says nothing."""
+"""Learning rate of SGD where the run used Adam, whose rate does not carry over."""
 
 
 def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:

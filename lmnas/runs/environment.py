@@ -1,4 +1,4 @@
-"""What a result depended on besides its recipe: versions, machine, threads, kernel."""
+"""Environment that a result depended on besides its recipe: versions, machine, threads, kernel."""
 
 import contextlib
 import platform

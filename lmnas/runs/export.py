@@ -35,7 +35,7 @@ def train(driver: Driver) -> None:
 
 
 def model_overrides(driver: Driver, genotypes: dict[str, Genotype]) -> dict[str, dict[str, Any]]:
-    """What differs in every model's settings from the recipe's: baselines match the searched model's parameters."""
+    """Settings of every model that differ from the recipe's: baselines match the searched model's parameters."""
     recipe, task = driver.recipe, driver.task
     training = recipe.train.training
     spaces = {name: space_for(recipe, genotype) for name, genotype in genotypes.items()}

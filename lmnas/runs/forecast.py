@@ -33,7 +33,7 @@ SMALL_CHUNK = DEFAULT_CHUNK // 8
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take.
+    """Expected jobs, time and memory of a run.
 
     Attributes:
         jobs: number of jobs.
@@ -141,7 +141,7 @@ class Need:
     step: StepBytes
 
     def bytes(self, chunk: int) -> int:
-        """At its peak, with so many logits held at once."""
+        """Bytes at the peak, with `chunk` logits held at once."""
         work = self.workload
         return training_bytes(self.step.with_chunk(chunk), averaged=work.averaged, best=work.keeps_best)
 

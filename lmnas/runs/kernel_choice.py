@@ -21,7 +21,7 @@ FILE = "kernel.json"
 
 @dataclass(frozen=True)
 class Pin:
-    """What runs the recurrent cell, and how many logits the loss holds at once."""
+    """Kernel of the recurrent cell, and number of logits that the loss holds at once."""
 
     kernel: str
     why: str
@@ -31,7 +31,7 @@ class Pin:
         """Take it in this process.
 
         Raises:
-            UserError: the kernel cannot be had.
+            UserError: the kernel is unavailable.
         """
         use(kernel=self.kernel, chunk=self.chunk)
 

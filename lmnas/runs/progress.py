@@ -14,7 +14,7 @@ from lmnas.core.text import seconds_text
 from lmnas.core.updates import Incident, Update
 
 LINE_SECONDS = 15.0
-"""Plain lines of one job are at least so far apart."""
+"""Least time in seconds between plain lines of one job."""
 
 
 class Display:

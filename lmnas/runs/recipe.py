@@ -30,41 +30,41 @@ Positive = Annotated[int, Field(ge=1)]
 
 @dataclass(kw_only=True)
 class Search:
-    """Propose and score."""
+    """Settings of the search stage: propose and score."""
 
     __pydantic_config__ = STRICT
 
     seeds: Positive = 1
-    """Independent searches, each with its own seed."""
+    """Number of independent searches, each with its own seed."""
     candidates: Positive = 1
-    """Proposals scored in each search."""
+    """Number of proposals scored in each search."""
     batch: Positive = 1
-    """Proposals asked for at once; those of one batch may run side by side."""
+    """Number of proposals asked for at once; those of one batch may run in parallel."""
 
 
 @dataclass(kw_only=True)
 class Select:
-    """Retrain the best few shortly and keep the best by validation."""
+    """Settings of the selection stage: retrain the best few shortly and keep the best by validation."""
 
     __pydantic_config__ = STRICT
 
     keep: Positive = 4
-    """Candidates of each search that are retrained."""
+    """Number of candidates of each search that are retrained."""
     epochs: Positive = 1
-    """Passes of each short training."""
+    """Number of passes over the training split of each short training."""
     seeds: Positive = 1
-    """Short trainings of each candidate."""
+    """Number of short trainings of each candidate, each with its own seed."""
 
 
 @dataclass(kw_only=True)
 class Train:
-    """Train the winner and the baselines from scratch."""
+    """Settings of the final stage: train the winner and the baselines from scratch."""
 
     __pydantic_config__ = STRICT
 
     training: Training
     seeds: Positive = 3
-    """Trainings of each model."""
+    """Number of trainings of each model, each with its own seed."""
 
 
 @dataclass(kw_only=True)
@@ -83,22 +83,22 @@ class Baseline:
 
 @dataclass(kw_only=True)
 class Execution:
-    """Where and how parallel; no part of the experiment."""
+    """Device, parallelism and kernel of a run; no part of the experiment."""
 
     __pydantic_config__ = STRICT
 
     device: str = "auto"
     """`auto`: a GPU if there is one; else `cpu`, `cuda`, `cuda:1`."""
     workers: Positive = 1
-    """Jobs that run side by side. Results do not depend on it."""
+    """Number of jobs that run in parallel. Results do not depend on it."""
     executor: str | None = None
-    """A registered executor; default: this process, or several of this machine for several workers."""
+    """Name of a registered executor; null: this process, or several on this machine for several workers."""
     kernel: str = "auto"
-    """What runs the recurrent cell: plain PyTorch (`reference`); compiled C++ on a CPU (`fused`, needs a compiler; 15 s
+    """Kernel of the recurrent cell: plain PyTorch (`reference`); compiled C++ on a CPU (`fused`, needs a compiler; 15 s
     once); whole segments with a backward pass by hand, as CUDA graphs on a GPU (`segment`). `auto` decides when a run
     begins, and the run keeps it."""
     threads: Positive | None = None
-    """CPU threads of each job; default: the machine's cores shared among the workers, at most four."""
+    """Number of CPU threads of each job; null: the machine's cores shared among the workers, at most four."""
 
 
 @dataclass(kw_only=True)
@@ -120,11 +120,11 @@ class Recipe:
     baselines: dict[str, Baseline] = field(default_factory=dict)
     execution: Execution = field(default_factory=Execution)
     seed: Annotated[int, Field(ge=0)] = 0
-    """All generators derive from it."""
+    """Seed from which all random generators derive."""
     level: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Level of the verdict's tests and intervals."""
+    """Significance level of the verdict's tests; its intervals cover 1 - level."""
     genotype: str | None = None
-    """A genotype (name or file) to train instead of searching for one."""
+    """Genotype (name or file) to train instead of searching for one; null: search."""
 
 
 def recipe_names() -> list[str]:
@@ -185,7 +185,7 @@ def override(document: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _kept(section: str, name: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a new component takes over from the one before: how models are trained, if it trains any."""
+    """Settings that a new component keeps of the one before: those of training, if it trains models."""
     takes = settings_model(registry.component(section, name)).model_fields
     return {key: settings[key] for key in ("training",) if key in settings and key in takes}
 
@@ -213,7 +213,7 @@ def load_recipe(name_or_path: str | Mapping[str, Any], overrides: Mapping[str, A
 
 
 def check(recipe: Recipe) -> None:
-    """What no single setting can tell: components exist, their settings are right and fit together.
+    """Check that components exist and that their settings are valid and fit together.
 
     Raises:
         UserError

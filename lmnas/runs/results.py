@@ -1,4 +1,4 @@
-"""Results of a run, collected from its records: what `results.json` holds."""
+"""Results of a run, collected from its records: the content of `results.json`."""
 
 import contextlib
 import json

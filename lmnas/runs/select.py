@@ -15,7 +15,7 @@ from lmnas.runs.driver import SEARCHED, Driver, fit_job
 from lmnas.runs.search import finished
 
 MORE_ROUNDS = 3
-"""How often a pool whose candidates all failed is followed by the next ones."""
+"""Number of further pools that are tried after pools whose candidates all failed."""
 
 
 def select(driver: Driver) -> None:

@@ -1,4 +1,4 @@
-"""THE start of a run: recipe -> opened -> checked -> forecast -> kernel.
+"""Start of every run: recipe -> opened -> checked -> forecast -> kernel.
 
 Command line, Python and compression begin here. All that can be refused is refused before there is a run directory.
 """
@@ -44,7 +44,7 @@ class Start:
         """The kernel and the size of the loss' chunks that the run takes, or keeps.
 
         Raises:
-            UserError: the kernel asked for cannot be had, or a training does not fit into memory.
+            UserError: the kernel asked for is unavailable, or a training does not fit into memory.
         """
         before = read_pin(self.path)
         kernel, why = _kernel(self.opened, self.work, before, self.asked)
@@ -67,8 +67,8 @@ def start(recipe: Recipe, path: Path, asked: str | None = None) -> Start:
         asked: the kernel asked for; default: the recipe's.
 
     Raises:
-        UserError: what only the data, the machine or a built model can tell is wrong; the kernel asked for cannot be
-            had; or a training does not fit into memory.
+        UserError: the data, the machine or a built model does not fit the recipe; the kernel asked for is
+            unavailable; or a training does not fit into memory.
     """
     started = open_checked(recipe, path, asked)
     _ = started.pin
@@ -76,7 +76,7 @@ def start(recipe: Recipe, path: Path, asked: str | None = None) -> Start:
 
 
 def open_checked(recipe: Recipe, path: Path, asked: str | None = None) -> Start:
-    """The start of what trains nothing: open a recipe and refuse what no single setting could tell.
+    """Open a recipe and refuse settings that do not fit together; the kernel is left to `start`.
 
     Raises:
         UserError
@@ -145,7 +145,7 @@ def settle_kernel(started: Start, run: Run, say: Callable[[str], None], incident
     """Take the kernel that a run keeps, compiled before any worker starts; or pin the one chosen now.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: it is unavailable.
     """
     before, asked, pin = read_pin(run.path), started.asked, started.pin
     fell_back = None

@@ -40,7 +40,7 @@ class JobKind(ABC):
         """The work, resumable from the job's checkpoints; returns the result, plain data."""
 
     def spec(self) -> Spec:
-        """As `job.json` has it: the kind and the arguments, optional ones only where given."""
+        """Content of `job.json`: the kind and the arguments, optional ones only where given."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         optional = {field.name: field.default for field in fields(self) if field.default is not MISSING}
         return {"kind": self.kind, **{k: v for k, v in given.items() if k not in optional or v != optional[k]}}
@@ -60,7 +60,7 @@ def job_kind(spec: Spec) -> JobKind:
 
 
 class Workplace:
-    """What does the jobs of one run, in one process. Recipe and data are opened once, when the first job needs them.
+    """Does the jobs of one run, in one process. Recipe and data are opened once, when the first job needs them.
 
     Args:
         run: the run's directory.
@@ -132,7 +132,7 @@ def share(place: Workplace) -> None:
 
 
 def run_job(run: str, name: str, spec: Spec, device: str, report: Report, stop: Stop) -> dict[str, Any]:
-    """What a job's `Call` names: `Workplace.do`."""
+    """Target of a job's `Call`: runs `Workplace.do`."""
     if (run, device) not in _shared:
         share(Workplace(Path(run), device))
     return _shared[run, device].do(name, spec, report, stop)

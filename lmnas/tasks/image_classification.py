@@ -42,40 +42,40 @@ class ModelSettings:
     """Sizes and regularisation of an image classifier."""
 
     width: Count
-    """Channels that the body starts from, as the papers count them."""
+    """Number of channels that the body starts from, as the papers count them."""
     dropout: Rate = 0.0
-    """On the features before the classifier."""
+    """Dropout rate on the features before the classifier; 0: none."""
     drop_path: Rate = 0.0
-    """How often a branch is left out at the end of training; the rate grows linearly from 0 with the epochs."""
+    """Probability that a branch is left out at the end of training; grows linearly from 0 with the epochs. 0: none."""
     auxiliary: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the auxiliary head's loss (DARTS, ENAS: 0.4); 0: no such head."""
     label_smoothing: Rate = 0.0
-    """Share of the target that goes to all classes alike."""
+    """Share of the target probability that is spread evenly over all classes; 0: none."""
 
 
 @dataclass(kw_only=True)
 class BatchSettings:
-    """How images become batches."""
+    """Settings of the batches of images."""
 
     batch_size: Count
-    """Images of a training batch; what does not fill the last one of a pass is left out of that pass."""
+    """Number of images of a training batch; a last batch of a pass that is not full is left out of that pass."""
     eval_batch_size: Count = 250
-    """Images at once when validating and testing."""
+    """Number of images of a batch in validation and testing."""
     crop: Annotated[int, Field(ge=0)] = 4
     """Pixels of padding on each side, out of which an image's own size is cropped at random; 0: none."""
     flip: bool = True
-    """Mirror every second image from left to right."""
+    """Mirror training images from left to right with probability 1/2."""
     cutout: Annotated[int, Field(ge=0)] = 0
     """Side of a square, in pixels, that is blanked at a random place (DARTS: 16); 0: none."""
     augment_valid: bool = False
-    """Do all this to the validation batches of a search as well (DARTS's architecture steps); never to scores."""
+    """Augment the validation batches of a search as well (DARTS's architecture steps); never those of scores."""
     n_valid: Count | None = None
     """Training images held out for validation, the last ones, instead of the task's `valid` (DARTS's search: half of
     them). Test images are never among them."""
     max_train_images: Count | None = None
-    """Train on the first of the training split only: a low fidelity for search."""
+    """Number of first images of the training split to train on, a low fidelity for search; null: all."""
     max_valid_images: Count | None = None
-    """Validate on the first of the validation split only."""
+    """Number of first images of the validation split to validate on; null: all."""
 
 
 class AuxiliaryHead(nn.Module):
@@ -312,7 +312,7 @@ class ImageClassification(Task):
         return ImageStream(images, labels, *self.images.statistics, settings, seed, split, augmented)
 
     def largest_batch(self, settings: BatchSettings) -> Batch:
-        """A batch of zeros: what memory must suffice for."""
+        """A batch of zeros, from which memory is forecast."""
         n = settings.batch_size
         return Batch(torch.zeros(n, 3, *self.images.size), torch.zeros(n, dtype=torch.long), n)
 
@@ -338,7 +338,7 @@ class ImageClassification(Task):
 
         Args:
             tick: called with the fraction done.
-            max_segments: stop after so many batches (cheap proxies).
+            max_segments: number of batches after which to stop (cheap proxies).
         """
         images, labels = self._split(split, settings)
         return self._measured(model, images, labels, split, settings, choice, tick, max_segments)
@@ -388,8 +388,8 @@ class ImageClassification(Task):
         return self._measured(model, images, labels, "given", BatchSettings(batch_size=1))
 
     def save_assets(self, directory: Path) -> None:
-        """What a user of the trained model needs beside its weights: names of the classes, size of an image in pixels,
-        and the mean and deviation by which its channels, in [0, 1], are normalised."""
+        """Write the file that the trained model needs besides its weights: names of the classes, size of an image in
+        pixels, and the mean and deviation by which its channels, in [0, 1], are normalised."""
         mean, std = self.images.statistics
         document = {
             "classes": self.images.classes,
@@ -433,7 +433,11 @@ def confusion(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def calibration(logits: Tensor, targets: Tensor) -> dict[str, Any]:
-    """How far confidence is from accuracy (Guo et al., 2017, eq. 3): their mean difference over bins of confidence.
+    """Calibration error (Guo et al., 2017, eq. 3): mean difference of confidence and accuracy over bins of confidence.
+
+    Args:
+        logits: (N, K).
+        targets: (N,) class ids.
 
     Returns:
         {"error": expected calibration error in [0, 1], "bins": [[images, mean confidence, accuracy], ...]}; the i-th of

@@ -53,47 +53,47 @@ class ModelSettings:
     """Sizes and regularisation of a language model."""
 
     width: Annotated[int, Field(ge=1)]
-    """Units of the embedding and of the body (tied, so one number)."""
+    """Number of units of the embedding and of the body (tied, so one number)."""
     init_range: Annotated[float, Field(gt=0)] = 0.04
-    """Weights start uniform within this distance of zero."""
+    """Bound of the uniform distribution of the initial weights around zero."""
     dropout_embedding: Rate = 0.0
-    """Whole words dropped from the embedding."""
+    """Probability that a word of the vocabulary is dropped from the embedding; 0: none."""
     dropout_input: Rate = 0.0
-    """Locked dropout on the embedded words."""
+    """Rate of locked dropout on the embedded words; 0: none."""
     dropout_x: Rate = 0.0
-    """Inside the body: one mask a segment on its input."""
+    """Dropout rate on the input inside the body, one mask a segment; 0: none."""
     dropout_hidden: Rate = 0.0
-    """Inside the body: one mask a segment on hidden states."""
+    """Dropout rate on hidden states inside the body, one mask a segment; 0: none."""
     dropout_output: Rate = 0.0
-    """Locked dropout on the body's output."""
+    """Rate of locked dropout on the body's output; 0: none."""
     dropout_weight: Rate = 0.0
-    """DropConnect on recurrent weights, for bodies that have it (AWD-LSTM)."""
+    """Rate of DropConnect on recurrent weights, for bodies that have it (AWD-LSTM); 0: none."""
     ar: Annotated[float, Field(ge=0)] = 0.0
-    """Coefficient of the mean squared dropped output."""
+    """Coefficient of the mean square of the output after dropout, added to the loss; 0: none."""
     tar: Annotated[float, Field(ge=0)] = 0.0
-    """Coefficient of the mean squared difference of successive raw outputs."""
+    """Coefficient of the mean squared difference of successive outputs before dropout, added to the loss; 0: none."""
     decoder_bias: bool = True
-    """A bias per word in the output layer (DARTS has one, ENAS none)."""
+    """Give the output layer a bias for each word (DARTS has one, ENAS none)."""
 
 
 @dataclass(kw_only=True)
 class BatchSettings:
-    """How a text becomes batches."""
+    """Settings of the batches of a text."""
 
     batch_size: Annotated[int, Field(ge=1)]
-    """Parallel streams of text in training."""
+    """Number of parallel streams of text in training."""
     bptt: Annotated[int, Field(ge=1)] = 35
     """Base length of a segment, in tokens."""
     length_std: Annotated[float, Field(ge=0)] = 0.0
-    """Standard deviation of random lengths around the base; 0: constant. At least 5, at most base + 20."""
+    """Standard deviation of random lengths around the base, in tokens; 0: constant. Lengths: 5 to base + 20."""
     short_probability: Rate = 0.0
-    """How often the base is halved."""
+    """Probability that the base length of a segment is halved; 0: never."""
     eval_batch_size: Annotated[int, Field(ge=1)] = 10
-    """Parallel streams when validating."""
+    """Number of parallel streams in validation."""
     test_batch_size: Annotated[int, Field(ge=1)] = 1
-    """Parallel streams when testing: 1 predicts every token but the first."""
+    """Number of parallel streams in testing; 1 predicts every token but the first."""
     max_train_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Train on the beginning of the training split only: a low fidelity for search."""
+    """Number of tokens at the beginning of the training split to train on, a low fidelity for search; null: all."""
 
 
 class LanguageModel(SoftmaxModel):
@@ -272,7 +272,7 @@ class LanguageModeling(Task):
             level: tokens are words or characters.
             tokenizer: `whitespace` for text that is tokenised already, `words` for raw text; default by corpus.
             min_count: words rarer than this in the training split become <unk>; default by corpus.
-            max_vocabulary: keep at most so many of the most frequent words.
+            max_vocabulary: largest number of words kept, the most frequent ones.
         """
         self.corpus: Corpus = open_corpus(
             data,
@@ -304,7 +304,7 @@ class LanguageModeling(Task):
         return Segments(tokens, settings, seed, split)
 
     def largest_batch(self, settings: BatchSettings) -> Batch:
-        """The longest segment that `Segments` draws, of zeros: what memory must suffice for."""
+        """The longest segment that `Segments` draws, of zeros, from which memory is forecast."""
         length = settings.bptt + (LONGEST_OVER_BASE if settings.length_std > 0 else 0)
         tokens = torch.zeros(length, settings.batch_size, dtype=torch.long)
         return Batch(tokens, tokens, tokens.numel())
@@ -335,7 +335,7 @@ class LanguageModeling(Task):
 
         Args:
             tick: called with the fraction done.
-            max_segments: stop after so many segments (cheap proxies).
+            max_segments: number of segments after which to stop (cheap proxies).
         """
         batch_size = settings.test_batch_size if split == "test" else settings.eval_batch_size
         device = next(model.parameters()).device
@@ -369,7 +369,7 @@ class LanguageModeling(Task):
 
     @staticmethod
     def _columns(tokens: Tensor, batch_size: int) -> Tensor:
-        # a split too short for so many streams is read in fewer
+        # a split too short for that number of streams is read in fewer
         batch_size = min(batch_size, len(tokens) // 2)
         rows = len(tokens) // batch_size
         return tokens[: rows * batch_size].view(batch_size, rows)
@@ -382,5 +382,5 @@ class LanguageModeling(Task):
             yield segment(window)
 
     def save_assets(self, directory: Path) -> None:
-        """What a user of the trained model needs beside its weights: the vocabulary, one token a line, in id order."""
+        """Write the files that the trained model needs besides its weights: the vocabulary in the order of the ids."""
         write_json(directory / "vocabulary.json", self.corpus.vocabulary)

@@ -1,4 +1,4 @@
-"""What `lmnas bench NAME` measures. A newcomer is one file and one line in `BENCHES`.
+"""Measurements of `lmnas bench NAME`. A new one is one file and one line in `BENCHES`.
 
 The contract of a bench's module is `lmnas.cli.bench.contract.Bench`.
 """

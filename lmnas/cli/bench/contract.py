@@ -1,4 +1,4 @@
-"""What a module that `lmnas bench` can run has."""
+"""Contract of the modules that `lmnas bench` can run."""
 
 import argparse
 from collections.abc import Callable

@@ -57,7 +57,7 @@ class Sizes:
 
 
 def plain_operation(operation: nn.Module, x: Tensor) -> Tensor:
-    """As `operation(x)`, every convolution PyTorch's own."""
+    """Result of `operation(x)`, with PyTorch's own convolutions."""
     if isinstance(operation, SeparableConv):
         return plain_operation(operation.second, plain_operation(operation.first, x))
     if isinstance(operation, DepthwiseSeparable):
@@ -66,7 +66,7 @@ def plain_operation(operation: nn.Module, x: Tensor) -> Tensor:
 
 
 def plain_features(network: Network, images: Tensor, choice: Choice = None) -> Tensor:
-    """As `network(images, None, {}, choice)[0]`, without zeros for nodes that a path does not concatenate."""
+    """Result of `network(images, None, {}, choice)[0]`, without zeros for nodes that a path does not concatenate."""
     states: tuple[State, State] = ((network.stem(images), None),) * 2
     for cell in network.cells:
         states = states[1], _plain_cell(cell, states, choice)

@@ -44,7 +44,7 @@ SLOW = 20.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the networks whose curvature is compared (first line) and of those that are timed."""
+    """Sizes of the networks whose curvature is compared and of those that are timed."""
 
     n_nodes: int = 3
     width: int = 16
@@ -143,7 +143,7 @@ def relax(switches: Tensor, space: RecurrentCell) -> Mixture:
 
 
 def network(task: LanguageModeling, sizes: Sizes, steps: int, seed: int) -> tuple[LanguageModel, list[Batch], Mixture]:
-    """A supernet in float64 trained for so many steps, the batches that followed with their carried states, its
+    """A supernet in float64 trained for `steps` steps, the batches that followed with their carried states, its
     mixture."""
     space = RecurrentCell(n_nodes=sizes.n_nodes, batch_norm="none")
     model = task.model(space.supernet(sizes.width), ModelSettings(width=sizes.width, init_range=0.1))

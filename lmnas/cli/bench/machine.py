@@ -1,4 +1,4 @@
-"""What is read from the machine: who else computes, how fast products are, how much memory a process took."""
+"""Readings of the machine: load of other processes, speed of products, memory that a process took."""
 
 import contextlib
 import os

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def forecast_bytes(row: Row, kernel: str) -> int:
-    """What `lmnas.nn.cost` says of our side of a row."""
+    """Forecast of `lmnas.nn.cost` for our side of a row."""
     assert isinstance(row.model, Model) and row.batch is not None
     choice = row.choice
     if choice is not None and not isinstance(choice, Genotype):

@@ -51,7 +51,7 @@ HELP = "rank trained FlexiBERT encoders (NAS-Bench-BERT) by training-free metric
 
 FILE = "architectures.jsonl"
 VOCABULARY, WIDTH, POSITIONS = 30_522, 128, 512
-"""Of the published networks: ELECTRA's vocabulary, embedding width, longest sequence."""
+"""Sizes of the published networks: ELECTRA's vocabulary, embedding width, longest sequence."""
 INIT_RANGE = 0.02
 FIRST_ID = 1
 """Id of the most frequent word; 0 is the padding token, whose embedding is zero."""
@@ -119,7 +119,7 @@ NAMES = (*METRICS, *TABULAR)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--data", type=Path, help=f"{FILE} or its folder (default: nas-bench-bert in LMNAS_DATA)")
-    parser.add_argument("--limit", type=int, help="score so many models, drawn at random (default: all)")
+    parser.add_argument("--limit", type=int, help="number of models to score, drawn at random (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, probe, --limit and bootstrap (default: 0)")
     parser.add_argument("--metrics", help="names separated by commas (default: all)")
     parser.add_argument("--sequences", type=int, default=4, help="in the batch (default: 4; published: 128)")

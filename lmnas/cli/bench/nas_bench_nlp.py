@@ -76,7 +76,7 @@ REPLAYED = ("hidden_covariance_1", "operations", "prior", "predictor")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help=f"the table, or a folder with its {FILE}")
     parser.add_argument("--corpus", default="ptb", help="the text that the networks read (default: ptb)")
-    parser.add_argument("--limit", type=int, help="score so many architectures, drawn by the seed")
+    parser.add_argument("--limit", type=int, help="number of architectures to score, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0, help="of weights, noise, --limit and resampling")
     parser.add_argument("--metrics", help="names separated by commas, or all (default: those without gradients)")
     parser.add_argument("--rows", choices=["cells", "runs"], default="cells", help="what is one row (default: cells)")

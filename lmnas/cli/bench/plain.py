@@ -106,7 +106,7 @@ class Plain(nn.Module):
         self.model, self.per_edge = model, per_edge
 
     def forward(self, batch: Batch, masks: Masks, choice: Choice = None, penalised: bool = True) -> Loss:
-        """As `LanguageModel.forward`."""
+        """Loss of one batch; arguments and result as those of `LanguageModel.forward`."""
         model, carry = self.model, self.model.state_before(batch)
         body: Any = model.body
         embedded = F.embedding(batch.inputs, model.embedding)

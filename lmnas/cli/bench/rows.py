@@ -22,9 +22,9 @@ from lmnas.spaces.recurrent.cell import RecurrentCell
 from lmnas.tasks.language_modeling import EVALUATION_TOKENS, LanguageModel, ModelSettings, segment
 
 DROPOUT = {"dropout_output": 0.75, "dropout_x": 0.75, "dropout_hidden": 0.25, "dropout_input": 0.2}
-"""Of both papers' searches and trainings."""
+"""Dropout rates of both papers' searches and trainings."""
 N_PATHS = 4
-"""Of the row `enas-shared`, which takes a step with each."""
+"""Number of paths of the row `enas-shared`, which takes a step with each."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Shared(Estimator):
         Args:
             training: how the supernet is trained.
             valid_batch_size: streams of validation text in architecture steps and rewards; default: as in training.
-            score_segments: score a candidate on so many validation segments only; default: the whole split.
+            score_segments: number of validation segments that score a candidate; default: the whole split.
         """
         self.space = space
         self.task = task

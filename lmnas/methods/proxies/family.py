@@ -16,7 +16,7 @@ from lmnas.core.errors import UserError, nearest
 from lmnas.core.genotype import Genotype
 
 Values = dict[str, float | str]
-"""Metric -> value, or the reason why it is undefined."""
+"""Metric -> value, or the reason that it is undefined."""
 
 
 @dataclass(frozen=True)

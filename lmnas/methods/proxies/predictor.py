@@ -232,7 +232,7 @@ class Predictor:
         return _kernel(standardised(features, self.names, self.mean, self.scale), self.cells, self.gamma) @ self.weights
 
     def document(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The predictor as JSON values."""
         return {
             "features": self.names,
             "mean": np.round(self.mean, 5).tolist(),

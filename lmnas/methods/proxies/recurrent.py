@@ -30,12 +30,12 @@ from lmnas.methods.proxies.statistics import Undefined, cosine_score, covariance
 
 aten = torch.ops.aten
 AMPLITUDES = (0.1, 10.0, 100.0)
-"""Of the noise in the noised Jacobians."""
+"""Amplitudes of the noise in the noised Jacobians."""
 ACTIVATIONS = {aten.tanh.default, aten.sigmoid.default, aten.leaky_relu.default, aten.relu.default}
 
 
 class ActivationCodes(TorchDispatchMode):
-    """Watches the activations of a forward pass and adds up how often the codes 1[out > 0] of two columns agree.
+    """Watches the activations of a forward pass and counts the agreements of the codes 1[out > 0] of two columns.
 
     `agreements` is (B, B): K = Σ [X Xᵀ + (1 - X)(1 - X)ᵀ] over calls; with s = 2 X - 1 one term is (s sᵀ + H) / 2.
     """
@@ -186,7 +186,7 @@ def activation_distance(signals: Signals) -> float:
     """
     assert signals.codes is not None
     if not signals.passed or not signals.codes.calls:
-        raise Undefined("no activations to be seen")
+        raise Undefined("the body has no visible activations")
     sign, logdet = torch.linalg.slogdet(signals.codes.agreements)
     if sign <= 0:
         raise Undefined("two columns of text have equal codes")
@@ -204,7 +204,7 @@ def jacobian_cosine(signals: Signals) -> float:
 
 
 def large_noise_jacobian(signals: Signals) -> float:
-    """1 - |S(G) - S(G̃_10)|: how little strong noise on the words changes the covariance score (ibid.)."""
+    """1 - |S(G) - S(G̃_10)|: robustness of the covariance score to strong noise on the words (ibid.)."""
     return 1.0 - abs(covariance_score(signals.jacobian) - covariance_score(signals.noised_jacobians[10.0]))
 
 
@@ -296,13 +296,13 @@ def operations(signals: Signals) -> float:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric and what it needs.
+    """A metric and its requirements.
 
     Attributes:
         sign: 1 where a higher value went with a better model on NAS-Bench-NLP, -1 where a lower one did.
         gradients: needs Σy differentiated.
         activations: needs the activations' codes.
-        depth: needs so many layers from the first.
+        depth: number of layers that it needs, counted from the first.
     """
 
     function: Callable[[Signals], float]

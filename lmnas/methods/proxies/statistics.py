@@ -16,12 +16,12 @@ from torch import Tensor
 from lmnas.core.seeds import derive
 
 SOFTENING = 1e-5
-"""k of the paper's eq. 1: what keeps a zero eigenvalue finite. One costs 1 / k + ln k = 99,988.5."""
+"""k of the paper's eq. 1, which keeps a zero eigenvalue finite. One costs 1 / k + ln k = 99,988.5."""
 N_RESAMPLES = 1000
 
 
 class Undefined(Exception):
-    """A score does not exist for this network; the message says why in one line."""
+    """A score does not exist for this network; the message gives the reason in one line."""
 
 
 def correlation(rows: Tensor) -> Tensor:

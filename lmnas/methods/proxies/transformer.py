@@ -157,7 +157,7 @@ def effective_rank(hidden: Tensor) -> float:
 
 
 def _eigenvalues(product: Tensor) -> Tensor:
-    """Of a positive semidefinite matrix, the largest first."""
+    """Eigenvalues (n,) of a positive semidefinite matrix (n, n), the largest first."""
     eigenvalues = torch.linalg.eigvalsh(product).flip(0).clamp(min=0.0)
     if not eigenvalues.sum() > 0:
         raise Undefined("no variance")
@@ -248,7 +248,7 @@ SITES: Mapping[str, Callable[[Any], Iterable[nn.Module]]] = {
     "operations": lambda layer: [layer.operation],
     "layers": lambda layer: [layer],
 }
-"""Where outputs are read, layer by layer."""
+"""Name of a site -> modules of a layer whose outputs are read."""
 MATRICES: Mapping[str, Callable[[Any], Iterable[nn.Linear]]] = {
     "operation": _operation_maps,
     "heads": lambda layer: _named_maps(layer, FEATURE_MAPS),

@@ -37,7 +37,7 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
 DIGITS = 5
-"""Significant digits of what the records show."""
+"""Significant digits of numbers in the records."""
 MEMORY = 0.95
 """Decay of the mean slope of the loss, from which a smaller lambda is suggested."""
 
@@ -356,7 +356,7 @@ def _order(graph: _Graph, seed: int) -> Tensor:
 
 
 def _dead_variances(prior: Prior, buried: Tensor) -> Tensor:
-    """(P,) bool: base variances that belong to dead switches alone; they feed nobody any more."""
+    """(P,) bool: base variances that belong to dead switches alone and have no effect any more."""
     owned = torch.zeros(prior.n_variances, dtype=torch.bool)
     for dead, terms in zip(buried.tolist(), prior.terms, strict=True):
         for i in prior.members[terms[0]]:

@@ -33,7 +33,7 @@ from lmnas.core.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class _Step:
-    """How the controller takes one decision.
+    """Step of the controller for one decision.
 
     Attributes:
         constant: nothing to choose, no LSTM step.
@@ -63,7 +63,7 @@ class _Rollout:
     log_prob: Tensor
     entropy: Tensor
     subsets: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
-    """Of every free subset: (n, K) log-probabilities of taking and of leaving each option, and its activity."""
+    """For every free subset: (n, K) log-probabilities of taking and of leaving each option, and its activity."""
 
 
 class Controller(nn.Module):
@@ -166,9 +166,9 @@ class Controller(nn.Module):
         return rollout.log_prob, rollout.entropy
 
     def evaluate_against(self, choices: Sequence[Mapping[str, Any]], rate: float) -> tuple[Tensor, Tensor, Tensor]:
-        """As `evaluate`, and (n,) how far the free subsets (those of no fixed size) are from a given rate.
+        """Results of `evaluate`, and (n,) divergence of the free subsets (those of no fixed size) from a given rate.
 
-        That is KL = p ln(p / rate) + (1 - p) ln((1 - p) / (1 - rate)) in nats, p an option's probability on the way of
+        It is KL = p ln(p / rate) + (1 - p) ln((1 - p) / (1 - rate)) in nats, p an option's probability on the way of
         the row, summed over the options of a subset and averaged over the row's subsets; 0 without any. The authors'
         code has a sigmoid of each of the two logits in place of p, their softmax.
         """
@@ -271,7 +271,7 @@ class Controller(nn.Module):
         known = {str(option) for heads in options.values() for option in heads}
         for name in start:
             if name not in known:
-                raise UserError(f"strategy.option_bias: {name!r} is no option of a category. " + nearest(name, known))
+                raise UserError(f"strategy.option_bias: {name!r} is no decision's option. " + nearest(name, known))
         return [
             nn.Parameter(torch.tensor([start.get(str(option), 0.0) for option in options[head]], dtype=torch.float64))
             for head in range(len(self.heads))
@@ -332,7 +332,7 @@ class Controller(nn.Module):
         return action, log_p.gather(-1, action[:, None])[:, 0], -(p * log_p).sum(-1), following
 
     def _active(self, decision: Decision, rollout: _Rollout) -> Tensor | None:
-        """(n,) whether `decision` is asked in each row; None: in all. As `Decisions.is_active`, for a batch."""
+        """(n,) bool: true where `decision` is asked; None: in all rows. `Decisions.is_active` for a batch."""
         if decision.when is None:
             return None
         parent, values = decision.when
@@ -355,7 +355,7 @@ def _n_uniforms(decision: Decision) -> int:
 
 
 def _plan(decisions: Decisions) -> tuple[list[_Step], list[int]]:
-    """How each decision is taken, and the sizes of the linear heads."""
+    """The step of each decision, and the sizes of the linear heads."""
     asked = [decision for decision in decisions if decision.count() > 1]
     read: set[Any] = {(d.graph, node) for d in asked if d.reads_node for node in d.options}
     first: dict[tuple[str, int], Decision] = {}

@@ -30,12 +30,12 @@ from lmnas.core.seeds import generator
 Alphas = dict[str, Tensor]
 
 LOOK_AHEAD_COPIES = 5
-"""Of the weights, held at once by a second-order step: gradient of the training loss, weights ahead, their gradient,
-its clipped form, and weights moved along it."""
+"""Copies of the weights held at once by a second-order step: gradient of the training loss, weights ahead, their
+gradient, its clipped form, and weights moved along it."""
 
 
 class Gradient(SharingStrategy):
-    """Proposes the one architecture that its learned mixture stands for."""
+    """Proposes the one architecture that is derived from its learned mixture."""
 
     needs = frozenset({"shared-weights", "mixture"})
 

@@ -16,7 +16,7 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def _gradient(loss: Loss, values: Tensor) -> tuple[Tensor, Tensor]:
-    """A leaf of the values, and the gradient by it as a function of it."""
+    """A leaf copy of `values` and the differentiable gradient of `loss` by it, both of the shape of `values`."""
     leaf = values.detach().clone().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
@@ -24,7 +24,7 @@ def _gradient(loss: Loss, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _product(leaf: Tensor, gradient: Tensor, vector: Tensor, last: bool) -> Tensor:
-    """The Hessian times a vector; zero where the gradient is constant."""
+    """Product of the Hessian and `vector`, both of the shape of `leaf`; zeros where the gradient is constant."""
     if not gradient.requires_grad:
         return torch.zeros_like(leaf)
     (product,) = torch.autograd.grad(
@@ -34,7 +34,8 @@ def _product(leaf: Tensor, gradient: Tensor, vector: Tensor, last: bool) -> Tens
 
 
 def exact_diagonal(loss: Loss, values: Tensor) -> Tensor:
-    """d²loss / dv_i² by differentiating every component of the gradient: one backward pass a value."""
+    """d²loss / dv_i², of the shape of `values`, by differentiating every component of the gradient: one backward pass
+    for each value."""
     leaf, gradient = _gradient(loss, values)
     count = leaf.numel()
     result = torch.zeros_like(leaf).flatten()
@@ -46,7 +47,7 @@ def exact_diagonal(loss: Loss, values: Tensor) -> Tensor:
 
 
 def hutchinson_diagonal(loss: Loss, values: Tensor, generator: torch.Generator, draws: int) -> Tensor:
-    """The mean of v ∘ Hv over `draws` vectors of random signs.
+    """The mean of v ∘ Hv over `draws` tensors v of random signs, of the shape of `values`.
 
     Unbiased; the variance of entry i is Σ_{j≠i} H_ij² / draws (Bekas, Kokiopoulou & Saad, 2007).
     """
@@ -65,6 +66,8 @@ def gauss_newton_diagonal(
     chunk: int | None = None,
 ) -> Tensor:
     """J_i^T Q J_i for every value i, J_i the derivative of the outputs by it: one forward-mode product a value.
+
+    The result has the shape of `values`.
 
     Args:
         outputs: values -> any tensor.
@@ -94,13 +97,13 @@ def gauss_newton_diagonal(
 
 
 def squared_gradients(log_likelihood: Callable[..., Tensor], values: Tensor, examples: tuple, in_dims: tuple) -> Tensor:
-    """The sum over examples of the squared gradient of `log_likelihood(values, *example)`.
+    """The sum over examples of the squared gradient of `log_likelihood(values, *example)`, of the shape of `values`.
 
     Where the labels were drawn from the model, its expectation is the diagonal of the Fisher matrix, which for a
     softmax is that of the Gauss-Newton matrix of the summed loss.
 
     Args:
-        examples, in_dims: tensors (or tuples of them), and on which axis of each the examples lie.
+        examples, in_dims: tensors (or tuples of them), and the axis of each along which the examples lie.
     """
     gradients = torch.vmap(torch.func.grad(log_likelihood), in_dims=(None, *in_dims))(values.detach(), *examples)
     return gradients.square().sum(0)
@@ -136,5 +139,5 @@ def softmax_form(
 
 
 def chunk_of(outputs: int, elements: int = 8_000_000) -> int:
-    """How many tangents of so many outputs are held at once."""
+    """Number of tangents of `outputs` values each that fit into `elements` values; at least 1."""
     return max(1, math.floor(elements / max(1, outputs)))

@@ -188,7 +188,7 @@ class _Cell(NamedTuple):
     weighs_nodes: bool
 
     def named(self, by_input: Tensor, by_edges: Tensor, mixture: Mixture) -> dict[str, Tensor]:
-        """From operation codes, (K,) and (E, K), to the columns of the mixture's tables."""
+        """Values by operation code, (K,) and (E, K), as columns of the mixture's tables."""
         found = {"input": by_input[None], "nodes": by_edges}
         result = {name: torch.zeros_like(table) for name, table in mixture.items()}
         for table in self.tables:
@@ -226,7 +226,7 @@ def _sampled_cell(
     total = {name: torch.zeros_like(table) for name, table in mixture.items()}
 
     def gradient(hs: Tensor) -> Tensor:
-        """Of the summed log-likelihood of labels drawn from the model."""
+        """Gradient by `hs` (T, B, H) of the summed log-likelihood of labels drawn from the model."""
         p = F.linear(hs.flatten(0, 1), weight, bias).softmax(-1)
         labels = _draw(p, noise)
         return (weight[labels] - p @ weight).view_as(hs)
@@ -292,7 +292,7 @@ METHODS: dict[str, Method] = {
         _recursion, "diagonal second derivatives swept back through time, about the price of a gradient", False
     ),
 }
-"""By name. What each leaves out is in docs/curvature.md."""
+"""Name -> method; docs/curvature.md tells the terms that each leaves out."""
 
 
 def diagonal(

@@ -49,7 +49,7 @@ class CellCurvature(NamedTuple):
 
 
 def softmax_head(weight: Tensor, bias: Tensor | None, targets: Tensor) -> Head:
-    """Of the mean cross-entropy of a linear layer, exact: [(W∘W)^T p - (W^T p)∘(W^T p)] / (T B).
+    """Head of the mean cross-entropy of a linear layer, its curvature exact: [(W∘W)^T p - (W^T p)∘(W^T p)] / (T B).
 
     Args:
         weight: (V, H).
@@ -115,7 +115,7 @@ def _add_product(total: Tensor, rows: Tensor, matrix: Tensor) -> None:
 
 
 class _Kept(NamedTuple):
-    """What a forward pass leaves for the sweeps back: `states` (T, N + 2, B, H) are h_{t-1}, s_0, ..., s_N, `gates`
+    """Values of a forward pass kept for the sweeps back: `states` (T, N + 2, B, H) are h_{t-1}, s_0, ..., s_N, `gates`
     (T, R, B, 2H) are [c, â], the rest (T, R, B, H) tanh(â), σ(â) and g - P s; `hs` (T, B, H)."""
 
     states: Tensor
@@ -249,7 +249,7 @@ def recurrent_squared_gradients(
     output_weights: Tensor,
     gradient: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """For every sequence the gradient by the mixture, squared; summed over sequences: (K,) and (E, K).
+    """Squared gradient of each sequence by the mixture, summed over sequences: (K,) and (E, K).
 
     One sweep instead of a pass a sequence: of each gradient only the inner products with the operations' outputs are
     kept, (R, K, B).

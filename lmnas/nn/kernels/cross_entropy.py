@@ -18,7 +18,7 @@ from lmnas.nn.kernels.in_use import current
 def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int = -100
 ) -> Tensor:
-    """The plain formulation: what `linear_cross_entropy` computes."""
+    """The plain formulation of `linear_cross_entropy`."""
     return F.cross_entropy(F.linear(hidden, weight, bias), targets, ignore_index=ignore)
 
 

@@ -21,14 +21,14 @@ def plain(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tens
         weight: (C, 1, k, k), k odd.
 
     Returns:
-        (B, C, ceil(S / stride), ceil(S / stride)): zeros stand around the image.
+        (B, C, ceil(S / stride), ceil(S / stride)): the image is padded with zeros.
     """
     padding = dilation * (weight.shape[-1] - 1) // 2
     return F.conv2d(x, weight, None, stride, padding, dilation, groups=weight.shape[0])
 
 
 def depthwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
-    """As `plain`."""
+    """Depthwise convolution; arguments and result as those of `plain`."""
     if dilation == 2 and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
         if stride == 2:
             return plain(x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last), weight)

@@ -17,7 +17,7 @@ from lmnas.nn.kernels.reference import Operands, Program
 
 
 def decide(seconds_of_work_ahead: Callable[[], float]) -> tuple[str, str]:
-    """The name of the kernel that `auto` means here, and why, in a few words; nothing is compiled yet.
+    """The name of the kernel that `auto` means here, and the reason in a few words; nothing is compiled yet.
 
     Args:
         seconds_of_work_ahead: at the reference's speed; asked only where the answer matters.
@@ -49,7 +49,7 @@ def keeps_a_block(kernel: str) -> bool:
 
 
 def kernel_in_use(device: str = "cpu") -> str:
-    """Name of what runs on this type of device in float32 and float64; other types run the reference."""
+    """Name of the code that runs on this type of device in float32 and float64; other types run the reference."""
     return kernel_named(current().kernel).runs_on.get(device, PLAIN)
 
 

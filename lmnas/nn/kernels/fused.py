@@ -29,12 +29,12 @@ from lmnas.nn.kernels.segment import Segment, one_floating_type
 SOURCES = sorted((Path(__file__).parent / "csrc").glob("*.cpp"))
 HEADERS = sorted((Path(__file__).parent / "csrc").glob("*.h"))
 COMPILE_SECONDS = 30.0
-"""About what compiling takes on one core."""
+"""Approximate time in seconds of compiling on one core."""
 _BATCH_NORM = {"none": 0, "nodes": 1, "output": 2}
 
 
 class Unavailable(Exception):
-    """The extension cannot be had: no compiler, or it failed. The message says which, in one line."""
+    """The extension is unavailable: no compiler, or it failed. The message gives the cause in one line."""
 
 
 # ------------------------------------------------------------------------------------------------ building
@@ -57,7 +57,7 @@ def _flags() -> list[str]:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home directory may be shared by different machines."""
+    """Identity of the processor, on which -march=native depends: machines may share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -67,7 +67,7 @@ def _processor() -> str:
 
 @cache
 def library_path() -> Path:
-    """Where the compiled extension is, or will be.
+    """Path of the compiled extension, which may not exist yet.
 
     Raises:
         Unavailable: no compiler.
@@ -84,7 +84,7 @@ def library_path() -> Path:
 
 
 def is_cached() -> bool:
-    """Whether `load` would find the extension compiled."""
+    """True if `load` would find the extension compiled."""
     try:
         return library_path().exists()
     except Unavailable:
@@ -116,7 +116,7 @@ def load() -> None:
     """Compile the extension unless it is cached, and load it.
 
     Raises:
-        Unavailable: it cannot be had.
+        Unavailable: no compiler, or it failed.
     """
     path = library_path()
     if not path.exists():

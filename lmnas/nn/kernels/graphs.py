@@ -36,7 +36,7 @@ MAX_RECORDINGS = 128
 MAX_SEEN = 4096
 """Keys remembered that came once."""
 ALIGNMENT = 512
-"""Bytes: what the allocator itself would give."""
+"""Alignment in bytes, that of the allocator itself."""
 LEAST_BLOCK = 1 << 26
 """Bytes of the first block."""
 GROWTH = 1.5

@@ -1,4 +1,4 @@
-"""How this process uses the libraries below PyTorch: which one multiplies, and what becomes of freed memory."""
+"""Use of the libraries below PyTorch by this process: choice of the matrix library, handling of freed memory."""
 
 import contextlib
 import ctypes

@@ -29,7 +29,7 @@ from torch import Tensor
 from lmnas.nn.kernels.reference import FUNCTIONS, OPS, BatchNorm, Program, first_edge
 
 EPSILON = 1e-5
-"""Of batch norm, as in `reference.normalise`."""
+"""Constant added to the variance in batch norm, as in `reference.normalise`."""
 
 
 class Arguments(NamedTuple):
@@ -60,7 +60,7 @@ class Arguments(NamedTuple):
 
 
 class Wants(NamedTuple):
-    """Which gradients are wanted, in the order of `Arguments`."""
+    """Flags of the gradients to compute, in the order of `Arguments`."""
 
     inputs: bool = False
     state: bool = False
@@ -72,7 +72,7 @@ class Wants(NamedTuple):
 
 
 class Wiring(ABC):
-    """What the nodes of a segment read and do, for one pass."""
+    """Inputs and operations of the nodes of a segment, for one pass."""
 
     def __init__(self, plan: "Plan", x: Arguments, wants: Wants):
         self.plan, self.x, self.wants = plan, x, wants
@@ -86,7 +86,7 @@ class Wiring(ABC):
         return 1
 
     def rows(self, node: int) -> int | slice:
-        """Where the node's weights are among the M: one (H, 2H) for all its edges, or a slice of one for each."""
+        """Index of the node's weights among the M: one (H, 2H) for all its edges, or a slice with one for each."""
         return node - 1
 
     @abstractmethod
@@ -269,7 +269,7 @@ def _totals(p: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a segment computes, shapes and values apart: with them, the key of a recorded graph.
+    """Computation of a segment without shapes and values; with the shapes, the key of a recorded graph.
 
     Attributes:
         program: of a `FixedPath`.
@@ -287,7 +287,7 @@ class Plan:
 
 
 class Tape(NamedTuple):
-    """What forward writes and backward reads. T' is T, or 1 where nothing is kept.
+    """Buffers that forward writes and backward reads. T' is T, or 1 where nothing is kept.
 
     Attributes:
         pre_input: (T, B, 2H), [c, a] of node 0.
@@ -443,7 +443,7 @@ def _weight_gradients(wiring: Wiring, x: Arguments, tape: Tape) -> Tensor:
 
 
 class Runner(Protocol):
-    """How passes are executed: at once (`Eager`), or by replaying a recording (`graphs.Recorded`)."""
+    """Executes passes: immediately (`Eager`) or by replaying a recording (`graphs.Recorded`)."""
 
     def forward(self, plan: Plan, x: Arguments, wants: Wants) -> tuple[Tensor, Any]:
         """The result (T, B, H), which is the caller's to keep, and a ticket for `backward`."""

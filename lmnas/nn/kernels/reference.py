@@ -46,13 +46,13 @@ class Program:
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """What every kernel of the cell reads, whatever runs: a path or a mixture.
+    """Arguments of every kernel of the cell, for a path or a mixture.
 
     Attributes:
         inputs: (T, B, H).
         state: (B, H), h before the segment.
         w_input: (2H, 2H), W_0.
-        w_nodes: of (H, 2H); how many is said where they are used.
+        w_nodes: matrices of (H, 2H); their number is given where they are used.
         mask_x, mask_h: (B, H), already scaled; None: no dropout. `mask_h` serves h and every node's input.
         batch_norm: `nodes` after every node (DARTS search), `output` on the mean (ENAS paper), or `none`.
     """
@@ -192,7 +192,7 @@ class Reference:
     keeps_a_block = False
 
     def unavailable(self) -> str | None:
-        """Why it cannot be had here, as far as is known before compiling; None: it can."""
+        """Reason that the kernel is unavailable here, as far as known before compiling; None: it is available."""
         return None
 
     def must_compile(self) -> bool:
@@ -203,7 +203,7 @@ class Reference:
         """Make it ready in this process.
 
         Raises:
-            UserError: it cannot be had.
+            UserError: it is unavailable.
         """
 
     def takes(self, x: Operands, weights: Sequence[Tensor]) -> bool:

@@ -41,7 +41,7 @@ def zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def relative_key_scores(query: Tensor, table: Tensor) -> Tensor:
-    """How much a query asks for what stands at a distance: score[i, j] = query[i] · table[i - j + L - 1].
+    """Scores of queries for relative distances: score[i, j] = query[i] · table[i - j + L - 1].
 
     Args:
         query: (B, N, T, D).

@@ -76,7 +76,7 @@ def omega(gamma: Tensor, h: Tensor, dim: int | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Prior:
-    """Which variances bound which switch.
+    """Assignment of variances to the switches that they bound.
 
     Attributes:
         terms: for every switch the terms whose precisions add up to its own.
@@ -132,7 +132,7 @@ class Prior:
         return total.index_add(0, self._terms.flatten(), values.flatten())[:-1]
 
     def objective(self, w: Tensor, h: Tensor, s: Tensor) -> Tensor:
-        """What the updates lower at fixed w: w^2 / gamma plus the log terms, summed over switches.
+        """Objective that the updates lower at fixed w: w^2 / gamma plus the log terms, summed over switches; a scalar.
 
         Args:
             w, h: (E,) switches and H / lambda, h not negative.
@@ -161,7 +161,7 @@ class Prior:
         return self._sum_by_term(posterior(gamma, h)[:, None] * precisions * (h[:, None] + others))
 
     def penalty(self, h: Tensor, s: Tensor) -> "Penalty":
-        """The training cost that this prior asks for, frozen at `s` and `h`."""
+        """Training cost of this prior, frozen at `s` (P,) and `h` (E,)."""
         shares = self._members * (s / self.variances(s)[:, None]).square()
         rows = torch.cat([shares, shares.new_zeros(1, shares.shape[1])])
         return Penalty(self._members.t() @ self.slopes(h, s), rows[self._terms].sum(1))
@@ -183,7 +183,7 @@ class Prior:
         return updated.clamp(LOWEST, HIGHEST)
 
     def fit(self, w: Tensor, h: Tensor, s: Tensor, iterations: int = ITERATIONS, fixed: Tensor | None = None) -> Tensor:
-        """`update`, so many times; variances that are `fixed`, (P,) bool, stay as they are."""
+        """(P,) variances after `iterations` of `update`; those that are `fixed`, (P,) bool, stay as they are."""
         for _ in range(iterations):
             updated = self.update(w, h, s)
             s = updated if fixed is None else torch.where(fixed, s, updated)
@@ -211,7 +211,7 @@ class Penalty:
         return (self.kappa * self.squares(w)).sqrt().sum()
 
     def slopes(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """What drives a switch to zero, as (smooth, kink), (E,) each.
+        """Slopes that drive a switch to zero, as (smooth, kink), (E,) each.
 
         A group in which a switch stands alone, all others being zero, is sqrt(kappa a) |w_e| to it: `kink` sums these
         factors, for a soft threshold. `smooth` is the gradient of all other groups.
@@ -242,7 +242,7 @@ class Penalty:
 
 @dataclass(frozen=True)
 class Switches:
-    """Where the switches of one graph stand: `edges` as (node, predecessor), one entry per switch.
+    """Positions of the switches of one graph: `edges` as (node, predecessor), one entry per switch.
 
     A predecessor that no switch leads into is given (the cell's input) and never dies.
     """

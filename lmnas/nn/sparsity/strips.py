@@ -40,7 +40,7 @@ class Piece:
 
     Attributes:
         name: of the weight, a vector or a matrix.
-        blocks: how often the units repeat along the axis (4 gates of an LSTM, one below the other).
+        blocks: number of times that the units repeat along the axis (4 gates of an LSTM, one below the other).
         diagonal: False leaves out what unit n has in its own row, where the same family's rows hold that already.
     """
 
@@ -50,7 +50,7 @@ class Piece:
     diagonal: bool = True
 
     def _own(self, shape: torch.Size) -> Tensor:
-        """Entries that unit n has in a row of its own."""
+        """(rows, columns) bool: entries that unit n has in a row of its own."""
         rows, columns = torch.arange(shape[0]), torch.arange(shape[1])
         return (rows[:, None] % shape[1]) == columns
 
@@ -63,7 +63,16 @@ class Piece:
         return values.view(self.blocks, -1).sum(0)
 
     def spread(self, each: Tensor, like: Tensor, neutral: float) -> Tensor:
-        """One number a strip -> what multiplies or adds to the weight's entries; `neutral` where none of them lies."""
+        """Number of each strip at the weight's entries.
+
+        Args:
+            each: (N,).
+            like: of the weight's shape.
+            neutral: value at entries without a strip.
+
+        Returns:
+            (N · blocks,) for a vector; for a matrix a tensor that broadcasts to it.
+        """
         each = each.repeat(self.blocks).to(like)
         if like.dim() == 1:
             return each
@@ -91,25 +100,26 @@ class Layout:
                 self.by_weight.setdefault(piece.name, []).append((family.name, piece))
 
     def full(self, value: float) -> PerFamily:
-        """The same number for all strips."""
+        """`value` for all strips, (N,) for each family."""
         return {family.name: torch.full((family.size,), value, dtype=torch.float64) for family in self.families}
 
     def squares(self, weights: Weights) -> PerFamily:
-        """Sum of squares of every strip."""
+        """Sum of squares of every strip, (N,) for each family."""
         return self.sums({name: weights[name].detach().double().square() for name in self.by_weight})
 
     def sums(self, values: Weights) -> PerFamily:
-        """Sum over every strip of values given for each weight."""
+        """Sum over every strip of `values`, which have the weights' shapes: (N,) for each family."""
         return {
             family.name: torch.stack([piece.sums(values[piece.name]).cpu() for piece in family.pieces]).sum(0)
             for family in self.families
         }
 
     def norms(self, weights: Weights) -> PerFamily:
+        """Euclidean norm of every strip, (N,) for each family."""
         return {name: squares.sqrt() for name, squares in self.squares(weights).items()}
 
     def counts(self, weights: Weights) -> PerFamily:
-        """Number of weights of every strip."""
+        """Number of weights of every strip, (N,) for each family."""
         return self.sums({name: torch.ones_like(weights[name], dtype=torch.float64) for name in self.by_weight})
 
     # ------------------------------------------------------------------------------------------------------ training
@@ -139,14 +149,15 @@ class Layout:
     # ----------------------------------------------------------------------------------------------------- variances
 
     def gamma(self, name: str, s: PerFamily, like: Tensor) -> Tensor:
-        """Effective variances of the entries of one weight."""
+        """Effective variances of the entries of weight `name`, of the shape of `like`."""
         precision = torch.zeros_like(like)
         for family, piece in self.by_weight[name]:
             precision = precision + piece.spread(1 / s[family], like, 0.0)
         return 1 / precision
 
     def omega(self, h: Weights, s: PerFamily) -> PerFamily:
-        """Penalty weights at variances `s`; `h` is the curvature by lambda of every weight, not negative."""
+        """Penalty weights at variances `s`, (N,) for each family; `h`: curvature / lambda of every weight, of its
+        shape, not negative."""
         total = self.full(0.0)
         for name, pieces in self.by_weight.items():
             values = h[name].double()
@@ -157,7 +168,7 @@ class Layout:
         return {family: squares.sqrt() for family, squares in total.items()}
 
     def update(self, weights: Weights, h: Weights, s: PerFamily, iterations: int = ITERATIONS) -> PerFamily:
-        """Variances after so many majorise-minimise steps at fixed weights: no step raises `objective`."""
+        """Variances after `iterations` majorise-minimise steps at fixed weights: no step raises `objective`."""
         norms = self.norms(weights)
         for _ in range(iterations):
             omega = self.omega(h, s)
@@ -171,7 +182,7 @@ class Layout:
         return s
 
     def objective(self, weights: Weights, h: Weights, s: PerFamily) -> Tensor:
-        """sum_e w_e^2 / gamma_e + log(1 + gamma_e h_e): what the updates lower."""
+        """sum_e w_e^2 / gamma_e + log(1 + gamma_e h_e), a scalar: the objective that the updates lower."""
         total = torch.zeros((), dtype=torch.float64)
         for name in self.by_weight:
             values = h[name].double()

@@ -32,18 +32,18 @@ from lmnas.nn.training.weights import WeightTraining
 DIGITS = 5
 """Significant digits of norms in the record."""
 SPAN, ROUGHLY = 1000.0, 20
-"""How far from w^2 H the default strength is looked for, and updates of the variances meanwhile."""
+"""Factor around w^2 H within which the default strength is searched, and updates of the variances for each trial."""
 OUTER = "embedding"
 """The family of the embedding's dimensions, which are the last layer's units: input and output are tied."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """How units are taken out.
+    """Settings of the removal of units.
 
     Attributes:
         strength: lambda, nats a prediction. None: `break_even` at the start.
-        rounds: curvature, update and training, so often.
+        rounds: number of rounds of curvature, update and training.
         round_epochs: passes over the training data in a round.
         dynamic: prune after every round instead of after the last alone.
         share: of a family's living strips, the most that evidence may take in one round of dynamic pruning, so that
@@ -82,7 +82,7 @@ def layout(model: Model) -> Layout:
         return f"body.layers.{i}.{name}_l0"
 
     def state(i: int) -> tuple[Piece, ...]:
-        """Rows of what computes layer i's units, columns of what reads them in the layer itself."""
+        """Rows of the weights that compute layer i's units, columns of those that read them in the layer itself."""
         gates = 4 if isinstance(layers[i], nn.LSTM) else 1
         rows = [Piece(weight(i, name), 0, gates) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         return (*rows, Piece(weight(i, "weight_hh"), 1, diagonal=False))
@@ -167,14 +167,14 @@ class Pruning:
         self.begin, self.rounds, self.before = saved["begin"], list(saved["rounds"]), saved["before"]
 
     def prepare(self) -> None:
-        """Score the model as given, and measure where it stands."""
+        """Score the model as given, and measure its strips."""
         for split in ("valid", "test"):
             score = self.task.evaluate(self.model, split, self.training.batch_settings(self.task))
             self.before[split] = {"value": score.value, "n_predictions": score.n_predictions}
         self.begin, _ = self.measure(0)
 
     def measure(self, index: int) -> tuple[dict[str, Any], PerFamily]:
-        """Penalty weights from the curvature here; what is told of it, and the evidence that every strip adds."""
+        """Penalty weights from the curvature at these weights: their record, and the evidence that every strip adds."""
         strips, seed = self.strips, self.weights.seed
         data = upcoming(self.weights, self.task, self.training, self.sparsity.curvature_batches, index)
         if self.sparsity.curvature == "recursion":

@@ -1,4 +1,4 @@
-"""What every training shares beside its updates: save, restore, recover from NaN, stop, tell progress."""
+"""Frame of every training around its updates: save, restore, recover from NaN, stop, report progress."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from lmnas.core.job import Job
 from lmnas.nn.training.weights import WeightTraining
 
 MAX_RECOVERIES = 3
-"""How often training goes back to its last good state, with fresh noise, before it counts as diverged."""
+"""Number of times that training returns to its last good state, with fresh noise, before it counts as diverged."""
 
 State = dict[str, Any]
 

@@ -27,23 +27,23 @@ class Factors:
     __pydantic_config__ = STRICT
 
     rate: Factor = 1.0
-    """On the learning rate."""
+    """Factor on the learning rate."""
     decay: Factor = 1.0
-    """On the weight decay."""
+    """Factor on the weight decay."""
 
 
 @dataclass(kw_only=True)
 class Roles:
-    """Factors by what a parameter is."""
+    """Factors on rate and decay by the role of a parameter."""
 
     __pydantic_config__ = STRICT
 
     matrices: Factors = field(default_factory=Factors)
-    """Matrices of the body."""
+    """Factors for matrices of the body."""
     embeddings: Factors = field(default_factory=Factors)
-    """Embeddings and heads."""
+    """Factors for embeddings and heads."""
     gains: Factors = field(default_factory=Factors)
-    """Gains and biases: parameters with one axis."""
+    """Factors for gains and biases: parameters with one axis."""
 
     @property
     def alike(self) -> bool:
@@ -55,51 +55,53 @@ class Roles:
 
 @dataclass(kw_only=True)
 class Optimizer:
-    """How weights are updated."""
+    """Settings of the updates of the weights: method, rates, schedule, averaging."""
 
     __pydantic_config__ = STRICT
 
     method: str = "sgd"
-    """An optimiser: SGD as DARTS and ENAS have it, Adam as NAS-Bench-NLP has it, AdamW, Adafactor or Muon."""
+    """Name of the optimiser: `sgd` (DARTS, ENAS), `adam` (NAS-Bench-NLP), `adamw`, `adafactor` or `muon`."""
     learning_rate: Annotated[float, Field(gt=0)] = 20.0
-    """Rate for a segment of the base length; Adam wants one about 0.001."""
+    """Learning rate for a segment of the base length. The default suits SGD; Adam needs about 0.001."""
     momentum: Share = 0.0
-    """Of SGD and Muon."""
+    """Momentum of SGD and Muon; 0: none."""
     nesterov: bool = False
-    """Nesterov's form of the momentum, as torch has it (ENAS' image networks)."""
+    """Use Nesterov's form of the momentum, as in torch (ENAS' image networks)."""
     betas: tuple[Share, Share] = (0.9, 0.999)
-    """Of Adam: decay of the running means of the gradient and of its square."""
+    """Decay factors of Adam's running means of the gradient and of its square."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Of Adam: added to the root of the mean square."""
+    """Constant that Adam adds to the root of the mean square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """L2 coefficient, added to the gradient after clipping; AdamW and Muon take it off the weights by itself."""
+    """L2 coefficient, added to the gradient after clipping; AdamW and Muon apply it apart from the gradient."""
     clip: Annotated[float, Field(gt=0)] | None = 0.25
-    """Largest global norm of the gradient; with a high rate this is the real step-size control."""
+    """Largest global norm of the gradient; with a high rate it controls the step size. null: no clipping."""
     roles: Roles = field(default_factory=Roles)
     """Factors on rate and decay for matrices, embeddings and gains."""
     schedule: str = "constant"
-    """A schedule: `constant` (up to `decay`), `step-decay`, `cosine`, `inverse-root` or `warmup-stable-decay`."""
+    """Name of the schedule: `constant` (but for `decay`), `step-decay`, `cosine`, `inverse-root` or
+    `warmup-stable-decay`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Updates over which the rate grows linearly from nothing, whatever the schedule."""
+    """Number of updates over which the rate grows linearly from 0, with any schedule; 0: no warm-up."""
     warmup_share: Share = 0.0
-    """The same as a share of the training."""
+    """Length of the warm-up as a share of the training, instead of `warmup_steps`; 0: no warm-up."""
     learning_rate_min: Annotated[float, Field(ge=0)] = 0.0
-    """Where the cosine would end, one epoch after its last; where warmup-stable-decay ends."""
+    """Learning rate at the end of `cosine` (one epoch after its last) and of `warmup-stable-decay`."""
     restart_epochs: Annotated[int, Field(ge=1)] | None = None
     """Epochs of the cosine's first cycle, T_0 (ENAS: 10); null: one cycle over the whole training."""
     restart_factor: Annotated[int, Field(ge=1)] = 2
-    """Each cycle is so many times as long as the one before, T_mul."""
+    """Ratio of the length of a cosine's cycle to that of the one before, T_mul."""
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the rate after every epoch from `decay_from` on (ENAS: 0.96 from 15)."""
     decay_from: Annotated[int, Field(ge=0)] = 0
-    """Epochs at the full rate."""
+    """Number of epochs at the full rate, before `decay` applies."""
     stable_share: Share = 0.8
     """Share of the training after which warmup-stable-decay falls."""
     decay_shape: Literal["linear", "root", "cosine"] = "linear"
-    """How it falls."""
+    """Shape of the fall of warmup-stable-decay after `stable_share`."""
     averaging: Literal["nonmonotonic", "none"] = "nonmonotonic"
     """Switch to averaged weights when validation is worse than the best of all but the last `patience` scores."""
     patience: Annotated[int, Field(ge=1)] = 5
+    """Number of latest validation scores that do not count as the best so far, for `averaging`."""
     averaging_from: Annotated[float, Field(gt=0)] | None = None
     """Do not switch before validation is better than this (Li & Talwalkar, 2019: perplexity 78)."""
 
@@ -133,7 +135,7 @@ class Optimizer:
         self.shape.check(self)
 
     def _refuse_foreign(self, setting: str, kind: str) -> None:
-        """Refuse what differs from its default and belongs to other optimisers or schedules alone."""
+        """Refuse settings that differ from their default and belong only to other optimisers or schedules."""
         values = vars(self)
         chosen = registry.component(kind, values[setting])
         owners: dict[str, list[str]] = {}
@@ -158,7 +160,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 @dataclass(kw_only=True)
 class Training:
-    """One training: how long, which model around the body, which batches, which optimiser."""
+    """Settings of one training: length, model around the body, batches, optimiser."""
 
     __pydantic_config__ = STRICT
 
@@ -199,7 +201,7 @@ class Training:
         return replace(self, **amounts)
 
     def passes(self, steps_per_epoch: int, targets_per_step: int) -> float:
-        """About how many passes over the training split the length is; one, where it is in seconds."""
+        """Approximate number of passes over the training split; 1 where the length is in seconds."""
         steps = {"steps": self.steps, "tokens": self.tokens and self.tokens / targets_per_step}.get(self.length.unit)
         return self.epochs or (steps / steps_per_epoch if steps else 1.0)
 

@@ -51,23 +51,23 @@ class WeightTraining:
         self.schedule = self.settings.shape
         self.optimizer = make_optimizer(model, self.settings)
         self.epoch = 0
-        """That of the batch in hand; the stream's own has grown already when that batch is the last of a pass."""
+        """Epoch of the current batch; the stream's own has already grown when that batch is the last of a pass."""
         self.steps = 0
         self.number = 0
-        """Of the batch in hand, from 1."""
+        """Number of the current batch, from 1."""
         self.targets = 0
-        """Predictions of all batches drawn."""
+        """Number of predictions of all batches drawn."""
         self.seconds = 0.0
-        """Of the clock after the last update: read once, so that all who ask see the same."""
+        """Seconds of training after the last update; the clock is read once an update, so that all readers agree."""
         self.progress = 0.0
         """Share of the training that was done before the batch in hand: of its epochs, those that are over."""
         self.step_size = 0.0
         """Effective step of the last update: learning rate times clipping factor (SGD)."""
         self.salt = 0
-        """Grows at every recovery, so that the steps after it draw other noise than those that led to NaN."""
+        """Number of recoveries: the steps after one draw other noise than those that led to NaN."""
 
     def spent(self) -> float:
-        """What is spent of the training's length, in its unit, once the batch in hand is done."""
+        """Part of the training's length that is spent after the current batch, in the unit of the length."""
         spent = {"epochs": self.stream.epoch, "steps": self.number, "tokens": self.targets, "seconds": self.seconds}
         return spent[self.length.unit]
 

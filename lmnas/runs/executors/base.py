@@ -33,7 +33,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Setup:
-    """What holds for every call of an executor.
+    """Settings of every call of an executor.
 
     Attributes:
         threads: CPU threads of torch in each call; None: as many as it takes by itself.

@@ -67,7 +67,7 @@ class Worker:
 
 
 def _module_path() -> str:
-    """Where this process finds modules, for another one."""
+    """Module search path of this process, as PYTHONPATH of another one."""
     folders = [os.path.abspath(entry) for entry in sys.path]
     return os.pathsep.join(dict.fromkeys(folders))
 

@@ -77,7 +77,7 @@ def at_rate(training: Training, learning_rate: float) -> Training:
 
 
 def smaller_genotype(genotype: Genotype, kept: dict[str, list[int]]) -> tuple[Genotype, int]:
-    """What is left of an `lstm` or `recurrent-layers`, and its width; an `lstm` stays one while all layers agree."""
+    """Genotype and width of the remaining layers; an `lstm` stays one while all its layers have one size."""
     layers = genotype.choices["layers"]
     width = len(kept[OUTER])
     inner = [len(kept[f"layer {i}"]) for i in range(1, layers)]

@@ -12,7 +12,7 @@ from lmnas.runs.work import JobKind, Workplace, intact
 
 
 class Estimated(TypedDict, total=False):
-    """Score of one proposal; without a value, why there is none."""
+    """Score of one proposal; without a value, the cause."""
 
     value: float | None
     n_predictions: int

@@ -16,7 +16,7 @@ class Prepared(TypedDict):
 
 @dataclass(frozen=True)
 class Prepare(JobKind):
-    """Whatever the estimator must do before its first estimate in search number `search`."""
+    """Preparation of the estimator before its first estimate in search number `search`."""
 
     kind: ClassVar[str] = "prepare"
     search: int

@@ -1,8 +1,8 @@
 """Convolutional cells on images: those of DARTS and those of ENAS (micro).
 
 Both choose a normal and a reduction cell in which every node is the sum of two operations on earlier nodes, and stack
-them in one kind of network (`conv_network`). They differ in what two inputs may be, in the operations, in the nodes
-that are concatenated and in a few details of the network.
+them in one kind of network (`lmnas.spaces.conv.network`). They differ in the two inputs that a node may have, in the
+operations, in the nodes that are concatenated and in a few details of the network.
 
 DARTS: Liu et al., 2019, arXiv 1806.09055, sections 2.1, 2.4 and 3.1; positions, pools and stem as in the authors' code.
 Batch norm of the supernet uses batch statistics always (the paper; its code keeps running averages for evaluation).
@@ -99,11 +99,11 @@ class _ConvCells(Relaxed):
 
     @abstractmethod
     def _layout(self, cells: int) -> Layout:
-        """Of the network with so many cells."""
+        """Layout of the network with `cells` cells."""
 
     @abstractmethod
     def _norms(self, stand_alone: bool) -> Norms:
-        """Of the stand-alone network or the supernet."""
+        """Batch norms of the stand-alone network or the supernet."""
 
     def programs(self, genotype: Genotype) -> Programs:
         """The two cells to be run."""
@@ -120,7 +120,7 @@ class _ConvCells(Relaxed):
         return Network(self.programs(genotype), width, self._layout(self.cells), self._norms(stand_alone=True))
 
     def supernet(self, width: int) -> SupernetNetwork:
-        """Of `search_cells` cells."""
+        """Supernet of `search_cells` cells."""
         return SupernetNetwork(self, width, self._layout(self.search_cells), self._norms(stand_alone=False))
 
     def tables(self) -> tuple[EdgeTable, ...]:
@@ -142,6 +142,7 @@ class _ConvCells(Relaxed):
         return Genotype(self.name, choices)
 
     def _strongest(self, weights: Tensor) -> list[tuple[int, str]]:
+        """(earlier node, operation) of the two rows with the largest entries; `weights`: (edges of a node, K)."""
         best, columns = weights.max(1)
         ranked = sorted(range(len(weights)), key=lambda row: (-best[row].item(), row))
         return [(row, self.operations[int(columns[row])]) for row in sorted(ranked[:2])]

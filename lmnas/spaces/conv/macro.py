@@ -41,7 +41,7 @@ from lmnas.nn.ops.dropout import draw_mask
 from lmnas.spaces.conv.network import NORMS_UNDO
 
 OPS = ("conv_3x3", "sep_conv_3x3", "conv_5x5", "sep_conv_5x5", "avg_pool_3x3", "max_pool_3x3")
-"""In the order of the authors' codes 0 to 5."""
+"""Operations in the order of the authors' codes 0 to 5."""
 
 
 def op_name(layer: int) -> str:
@@ -140,7 +140,7 @@ class ConvMacro(Relaxed):
         return (ops, EdgeTable("skips", pairs, ("off", "on"))) if pairs else (ops,)
 
     def derive(self, mixture: Mixture) -> Genotype:
-        """Each layer's largest operation (ties to the first), and the skips that are rather on than off."""
+        """Each layer's operation of largest weight (ties to the first), and the skips whose `on` exceeds `off`."""
         choices: dict[str, Any] = {}
         for layer in range(1, self.layers + 1):
             choices[op_name(layer)] = self.operations[int(mixture["ops"][layer - 1].argmax())]
@@ -196,7 +196,7 @@ class Layer(nn.Module):
         self.join = ConvNorm(channels * (len(step.sources) + 1), channels, 1, norm, relu=False) if join else None
 
     def columns(self, sources: Sequence[int]) -> Tensor:
-        """The input channels of the join that belong to `sources` and to the operation."""
+        """((sources + 1) · C,) indices of the join's input channels that belong to `sources` and to the operation."""
         blocks = [*(self.step.sources.index(source) for source in sources), len(self.step.sources)]
         return (torch.tensor(blocks)[:, None] * self.channels + torch.arange(self.channels)).flatten()
 
@@ -205,11 +205,14 @@ class Layer(nn.Module):
     ) -> Tensor:
         """
         Args:
-            x: the layer before, (B, C, S, S).
-            op: which operation; or (K,) weights of all.
-            skips: what is read beside it, by layer, in the order of `step.sources`.
+            x: output of the layer before, (B, C, S, S).
+            op: name of the operation; or (K,) weights of all.
+            skips: outputs (B, C, S, S) of earlier layers, by layer, in the order of `step.sources`.
             gates: (number of skips,) factors on them.
             mask: (B, 1, 1, 1) on the operation's output.
+
+        Returns:
+            (B, C, S, S).
         """
         if isinstance(op, str):
             y = self.ops[op](x)
@@ -257,12 +260,12 @@ class MacroNetwork(ImageBody):
         self.n_features = self.auxiliary_channels = channels
 
     def initialise(self, generator: torch.Generator, init_range: float) -> None:
-        """He normal by fan_in (the authors' code); `init_range` is of other kinds of body."""
+        """He normal by fan_in (the authors' code); `init_range` is for other kinds of body."""
         initialise(self, generator)
 
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
-        """Drop-path, rate `path`: layers that read skips go without their operation, each image its own. ENAS' macro
-        networks were trained without."""
+        """`layer_i` (B, 1, 1, 1): drop-path of rate `path` on the operations of layers that read skips, drawn for each
+        image. ENAS' macro networks were trained without."""
         rate = rates.get("path", 0.0)
         if rate <= 0:
             return {}
@@ -271,13 +274,16 @@ class MacroNetwork(ImageBody):
         return {f"layer_{number}": draw_mask((batch_size, 1, 1, 1), rate, generator, like) for number in layers}
 
     def maps(self, inputs: Tensor, masks: Masks, choice: Choice = None) -> tuple[Tensor, Tensor]:
-        """Features, and the newest layer (B, C', S', S') just after the last reduction."""
+        """(B, 3, S, S) -> features (B, F), and the newest layer (B, C', S', S') just after the last reduction."""
         return self._run(inputs, self.steps, masks)
 
     def _run(
         self, inputs: Tensor, steps: Sequence[Step], masks: Masks, mixture: Mixture | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run `steps`, each a part of the layer's own; a mixture weighs the operations and skips of whole layers."""
+        """Run `steps`, each a part of the layer's own; a mixture weighs the operations and skips of whole layers.
+
+        Shapes are those of `maps`.
+        """
         # auxiliary: without a reduction it is the stem
         states = {0: self.stem(inputs)}
         auxiliary = states[0]

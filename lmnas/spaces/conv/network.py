@@ -66,7 +66,7 @@ class CellProgram:
 
 
 Programs = Mapping[str, CellProgram]
-"""By kind of cell: `normal`, `reduce`."""
+"""Kind of cell (`normal`, `reduce`) -> program."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class Layout:
     """The network around the cells.
 
     Attributes:
-        cells: how many.
+        cells: number of cells.
         reductions: positions of the reduction cells.
         auxiliary: position of the cell whose output an auxiliary head reads.
-        second_twice: a second 1x1 ReLU-conv-BN before node 1 (ENAS).
-        final_relu: before the mean over pixels (ENAS).
+        second_twice: node 1 has a second 1x1 ReLU-conv-BN before it (ENAS).
+        final_relu: a ReLU precedes the mean over pixels (ENAS).
         path_grows: the drop-path rate grows linearly with depth (ENAS).
     """
 
@@ -145,6 +145,8 @@ def _sum_of_paths(states: list[Tensor], nodes: Sequence[Sequence[tuple[int, nn.M
     """Append to `states` each node's sum of its operations.
 
     Args:
+        states: (B, C, S, S) each; nodes 0 and 1 are given, N are appended.
+        nodes: for each node its (earlier node, operation) pairs.
         mask: (N, 2, B, 1, 1, 1) for the two operations of each node; an identity is never dropped.
     """
     for i, operations in enumerate(nodes):
@@ -178,7 +180,7 @@ class _Inputs(nn.Module):
             self.again = ConvNorm(c, c, 1, norm) if layout.second_twice else None
 
     def forward(self, first: State, second: State, reads: set[int]) -> list[Tensor]:
-        """Only what is read is computed; the other place holds the input as it is."""
+        """Compute the nodes in `reads`, (B, C, S, S) each; another node holds the input unchanged."""
         nodes = [first[0], second[0]]
         if 0 in reads and self.first is not None:
             nodes[0] = self.first(*first)
@@ -252,7 +254,8 @@ class Network(ImageBody):
         return {f"path_{i}": draw_mask(shape, rate * share, generator, like) for i, share in enumerate(grown)}
 
     def maps(self, inputs: Tensor, masks: Masks, choice: Choice = None) -> tuple[Tensor, Tensor]:
-        """The last cell's channels, averaged over the pixels, and the map that an auxiliary head reads."""
+        """(B, 3, S, S) -> the last cell's channels (B, F), averaged over the pixels, and the map that an auxiliary head
+        reads, (B, auxiliary_channels, S', S')."""
         # the layout that convolutions, pools and norms are fastest in; what follows keeps it
         stem: State = (self.stem(inputs.contiguous(memory_format=torch.channels_last)), None)
         states, auxiliary = (stem, stem), stem
@@ -271,7 +274,7 @@ class Network(ImageBody):
 
 
 def _spread(values: Tensor, columns: Tensor | None, n: int) -> Tensor:
-    """(B, n, ...) with `values` at the `columns` that they are, zeros elsewhere."""
+    """(B, n, ...) with `values` (B, m, ...) at channels `columns` (m,), zeros elsewhere; without columns `values`."""
     if columns is None:
         return values
     return values.new_zeros(values.shape[0], n, *values.shape[2:]).index_copy(1, columns, values)
@@ -292,16 +295,21 @@ class SupernetCell(nn.Module):
         )
 
     def forward(self, first: State, second: State, mask: Tensor | None, choice: CellProgram | Tensor) -> State:
+        """Run one program, with `mask` (N, 2, B, 1, 1, 1) of drop-path, or the mixture of (E, K) weights."""
         if isinstance(choice, CellProgram):
             return self.path(choice, first, second, mask)
         return self.mixture(choice, first, second)
 
     def index(self, i: int, source: int, name: str) -> int:
-        """Where `ops` holds the operation of the i-th node on an earlier one."""
+        """Index in `ops` of the operation of the i-th node on an earlier one."""
         return (first_edge(i) + source) * len(self.space.operations) + self.space.operations.index(name)
 
     def path(self, program: CellProgram, first: State, second: State, mask: Tensor | None) -> State:
-        """Run one program: its operations alone."""
+        """Run the operations of one program: (B, outputs · C, S, S), and which of all nodes' channels these are.
+
+        Args:
+            mask: (N, 2, B, 1, 1, 1) of drop-path; None: none.
+        """
         states = self.inputs(first, second, program.reads)
         nodes = [
             [(source, self.ops[self.index(i, source, name)]) for source, name in node]
@@ -314,7 +322,8 @@ class SupernetCell(nn.Module):
         return torch.cat([states[node] for node in program.outputs], 1), columns
 
     def mixture(self, weights: Tensor, first: State, second: State) -> State:
-        """Run everything, weighted by (E, K); a leading column for `none`, which adds nothing, may be there."""
+        """Run all operations, weighted by (E, K): (B, N · C, S, S). `weights` may have a leading column for `none`,
+        which adds nothing."""
         weights = weights[:, weights.shape[1] - len(self.space.operations) :]
         states = self.inputs(first, second, {0, 1})
         weightless: dict[tuple[int, str], Tensor] = {}  # pools and identities: the same for every node that reads one
@@ -367,7 +376,7 @@ class SupernetNetwork(Network, Supernet):
         return cell
 
     def columns(self, genotype: Genotype) -> list[int]:
-        """Which of the features are the stand-alone network's, in its order."""
+        """Indices of the stand-alone network's features among the supernet's, in the stand-alone order."""
         place = self._cell(-1).place
         return output_columns(self.space.programs(genotype)[place.kind], place.channels)
 
@@ -415,12 +424,12 @@ def first_edge(i: int) -> int:
 
 
 def output_columns(program: CellProgram, channels: int) -> list[int]:
-    """Of the channels of all nodes one after the other, those of the nodes that are concatenated."""
+    """Indices of the concatenated nodes' channels among those of all nodes one after the other."""
     return [(node - 2) * channels + c for node in program.outputs for c in range(channels)]
 
 
 def loose_ends(mass: Tensor, n_nodes: int) -> list[Tensor]:
-    """Per node the probability that no later one reads it, where each reads two others by the (E,) `mass` of its edges.
+    """Scalar per node: probability that no later one reads it, where each reads two by the (E,) `mass` of its edges.
 
     An edge of share r among a node's is taken for one of the two with probability min(1, 2 r): exact for two equal
     masses and zeros elsewhere, and for equal masses.

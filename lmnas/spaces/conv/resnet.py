@@ -78,7 +78,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNetBody(ImageBody):
-    """(B, 3, S, S) -> (B, 4C)."""
+    """Residual network: (B, 3, S, S) -> (B, 4C), C = `width`."""
 
     def __init__(self, n: int, width: int):
         super().__init__(width, 4 * width)
@@ -104,7 +104,7 @@ class ResNetBody(ImageBody):
                 nn.init.zeros_(module.bias)
 
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
-        """`path_i` (B, 1, 1, 1): whether an image goes through the i-th block or past it (the first one never)."""
+        """`path_i` (B, 1, 1, 1): mask of the images that pass through block i's branch; the first block has none."""
         rate, like = rates.get("path", 0.0), self.conv.weight
         if rate <= 0:
             return {}
@@ -112,6 +112,7 @@ class ResNetBody(ImageBody):
         return {f"path_{i}": draw_mask(shape, rate, generator, like) for i in range(1, len(self.blocks))}
 
     def maps(self, inputs: Tensor, masks: Masks, choice: Choice = None) -> tuple[Tensor, Tensor]:
+        """(B, 3, S, S) -> features (B, 4C), and the map that an auxiliary head reads, (B, 4C, S / 4, S / 4)."""
         outputs = F.relu(self.norm(self.conv(inputs)))
         tapped = outputs
         for i, block in enumerate(self.blocks):

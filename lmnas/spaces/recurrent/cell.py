@@ -240,7 +240,7 @@ class CellSupernet(RecurrentSupernet):
     draw_masks = Cell.draw_masks
 
     def _path_rows(self, program: Program) -> list[int]:
-        """Which of the weights the path takes into node 1..N."""
+        """Indices of the weights that the path uses into nodes 1..N."""
         if self.space.sharing == "node":
             return list(range(self.space.n_nodes))
         return [first_edge(i) + source for i, source in enumerate(program.inputs, start=1)]

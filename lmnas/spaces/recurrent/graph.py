@@ -39,7 +39,8 @@ from lmnas.spaces.recurrent.graph_moves import neighbours, random_recipe
 from lmnas.spaces.recurrent.published import nas_bench_nlp
 
 MAX_DRAWS = 20_000
-"""Of which about 1,400 are cells with three states, at the benchmark's settings."""
+"""Largest number of graphs drawn for one cell; about 1,400 of these are cells with three states, at the benchmark's
+settings."""
 NEAREST = 10
 """Members of a table among which a mutation is drawn."""
 
@@ -180,7 +181,7 @@ class RecurrentGraph(GraphSpace):
         return Genotype(self.name, rng.choice(around)) if around else self.sample(rng)
 
     def _check_choices(self, genotype: Genotype) -> None:
-        """Refuse what is not a cell, naming the first node that is wrong."""
+        """Refuse a graph that is not a cell, naming the first node that is wrong."""
         wrong = problem(genotype.choices, self.direct_memory)
         if wrong:
             raise UserError(f"genotype {genotype.id}: {wrong}")

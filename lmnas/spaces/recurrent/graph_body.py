@@ -61,7 +61,7 @@ class GraphLayer(nn.Module):
         Args:
             inputs: (T, B, in).
             state: (n, B, H).
-            masks: by source, on its matrices, (k H, H) for its k readers.
+            masks: source -> mask on its matrices, (k H, H) for its k readers.
 
         Returns:
             (T, B, H) outputs, which are state 0 of each step, and the last state.
@@ -94,7 +94,7 @@ class GraphLayer(nn.Module):
 
 
 def apply(op: str, inputs: Sequence[Tensor]) -> Tensor:
-    """An operation without weights: of one to three (B, H), (B, H)."""
+    """Operation without weights on one to three tensors (B, H): (B, H)."""
     a = inputs[0]
     if op == "blend":
         return a * inputs[1] + (1 - a) * inputs[2]
@@ -136,7 +136,7 @@ class GraphBody(Body):
         return [own[0] for own in state.split(self.widths, dim=-1)]
 
     def salient(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(matrix, its gradient) of every linear node's inputs but the first: what synaptic saliency sums."""
+        """(matrix, its gradient), (H, in) each, of every linear node's inputs but the first, for synaptic saliency."""
         for layer in self.layers:
             assert isinstance(layer, GraphLayer)
             for name in layer.linears:
@@ -144,10 +144,12 @@ class GraphBody(Body):
                     yield layer.matrix(name, position)
 
     def initial_state(self, batch_size: int) -> Tensor:
+        """Zeros (n, B, sum of the layers' widths)."""
         return next(self.parameters()).new_zeros(self.n_states, batch_size, sum(self.widths))
 
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
-        """`x` before the first layer, `hidden` between layers, `weight` on every matrix that does not read x."""
+        """`x` and `hidden_i` (B, in) before the first layer and before layer i, `weight_i.SOURCE` of the shape of each
+        parameter that does not read x."""
         like = next(self.parameters())
         masks = {}
         for i, layer in enumerate(self.layers):
@@ -162,7 +164,7 @@ class GraphBody(Body):
         return masks
 
     def forward(self, inputs: Tensor, state: Tensor, masks: Masks, choice: Choice = None) -> tuple[Tensor, Tensor]:
-        """`choice` is ignored: a stand-alone body can do one thing."""
+        """(T, B, H) -> (T, B, H) and the last state; `choice` is ignored: a stand-alone body can do one thing."""
         outputs, states = inputs, []
         for i, (layer, own) in enumerate(zip(self.layers, state.split(self.widths, dim=-1), strict=True)):
             between = f"hidden_{i}" if i else "x"

@@ -1,4 +1,4 @@
-"""Recurrent cells as graphs: what a recipe says, what is wrong with one, and the form that isomorphic ones share.
+"""Recurrent cells as graphs: their recipes, faults of a recipe, and the form that isomorphic ones share.
 
 A recipe is node name -> {"op", "input"} over the inputs `x`, `h_prev_0`, `h_prev_1`, ...; its nodes `h_new_0`,
 `h_new_1`, ... are the new states (Klyuchnikov et al., NAS-Bench-NLP, 2020, arXiv 2006.07116).
@@ -23,7 +23,7 @@ ARITY = {
     "activation_sigm": (1,),
     "activation_leaky_relu": (1,),
 }
-"""Operation -> how many inputs it takes."""
+"""Operation -> number of its inputs."""
 INPUT, OLD, NEW = "x", "h_prev_", "h_new_"
 
 
@@ -132,7 +132,7 @@ def canonical(recipe: Mapping[str, Any]) -> Recipe:
 
 
 def _canonical_slots(recipe: Recipe) -> Recipe:
-    """As `canonical`, the states' numbers kept."""
+    """Canonical form as of `canonical`, with the states' numbers kept."""
     readers: dict[str, list[tuple[str, int]]] = {name: [] for name in (*recipe, *base_names(n_states(recipe)))}
     for name, node in recipe.items():
         for position, source in enumerate(node["input"]):

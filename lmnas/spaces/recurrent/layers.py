@@ -1,4 +1,4 @@
-"""Layers of LSTM or plain recurrent units: the baseline, and what compressing it leaves.
+"""Layers of LSTM or plain recurrent units: the baseline, and the result of compressing it.
 
 `LSTM`, of one to three layers, is built and trained by the code that trains cells. With weight drop on the recurrent
 weights it is AWD-LSTM (Merity et al., 2018, arXiv 1708.02182). Departure: all its layers have the embedding's width
@@ -101,7 +101,10 @@ def _chain(title: str, labels: list[str]) -> Diagram:
 
 
 class LayersBody(Body):
-    """(T, B, H) -> (T, B, H). State: for every layer its parts, h and (LSTM) c, stacked to (1 or 2, B, units)."""
+    """Stacked layers, (T, B, H) -> (T, B, H).
+
+    State: for every layer its parts, h and (LSTM) c, stacked to (1 or 2, B, units).
+    """
 
     def __init__(self, cell: str, inner: list[int], width: int):
         super().__init__(width)
@@ -123,12 +126,14 @@ class LayersBody(Body):
         return [part[0] for part in state]
 
     def initial_state(self, batch_size: int) -> State:
+        """Zeros, for each layer (2, B, units) of an LSTM or (1, B, units) of a plain layer."""
         like, layers = next(self.parameters()), list[Any](self.layers)
         parts = [(2 if isinstance(layer, nn.LSTM) else 1, layer.hidden_size) for layer in layers]
         return tuple(like.new_zeros(n, batch_size, size) for n, size in parts)
 
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
-        """`x` before the first layer, `hidden` between layers, `weight` on the recurrent weights (DropConnect)."""
+        """Masks as `forward` takes them: `x` before the first layer, `hidden_i` before layer i, `weight_i` on its
+        recurrent weights (DropConnect)."""
         like = next(self.parameters())
         masks = {}
         if rates.get("x", 0.0) > 0:
@@ -143,7 +148,11 @@ class LayersBody(Body):
         return masks
 
     def forward(self, inputs: Tensor, state: State, masks: Masks, choice: Choice = None) -> tuple[Tensor, State]:
-        """`masks`: `x` (B, H), `hidden_i` (B, units before), `weight_i` of the recurrent matrix's shape."""
+        """(T, B, H) -> (T, B, H) and the last state.
+
+        Args:
+            masks: `x` (B, H), `hidden_i` (B, units of layer i - 1), `weight_i` of the recurrent matrix's shape.
+        """
         outputs = inputs * masks["x"] if "x" in masks else inputs
         states = []
         for i, layer in enumerate(self.layers):
@@ -167,8 +176,10 @@ class LSTMBody(LayersBody):
         super().__init__("lstm", [width] * (layers - 1), width)
 
     def initial_state(self, batch_size: int) -> State:
+        """Zeros (layers, 2, B, H)."""
         return torch.stack(super().initial_state(batch_size))
 
     def forward(self, inputs: Tensor, state: State, masks: Masks, choice: Choice = None) -> tuple[Tensor, State]:
+        """(T, B, H) -> (T, B, H) and the last state (layers, 2, B, H); `masks` as in `LayersBody`."""
         outputs, states = super().forward(inputs, tuple(state), masks)
         return outputs, torch.stack(states)

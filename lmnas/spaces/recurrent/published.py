@@ -1,4 +1,4 @@
-"""Published tables of trained architectures, read as values: nobody's training is repeated, and none is made up."""
+"""Published tables of trained architectures, read as values: no training is repeated, and none is made up."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ FILE = "architectures.jsonl"
 
 @dataclass(frozen=True)
 class PublishedCell:
-    """A recurrent cell of NAS-Bench-NLP (Klyuchnikov et al., 2020, arXiv 2006.07116) and how its trainings ended.
+    """A recurrent cell of NAS-Bench-NLP (Klyuchnikov et al., 2020, arXiv 2006.07116) and the results of its trainings.
 
     Attributes:
         group: equal for cells that are one function up to names and order.

@@ -1,4 +1,4 @@
-"""The recurrent cell with any number of operations on any edge: what a pruned supernet stands for.
+"""The recurrent cell with any number of operations on any edge: the architecture of a pruned supernet.
 
 As DARTS' cell (`recurrent_cell`), but a node is the mean over all of its living (predecessor, operation)s, and h_t the
 mean over the living nodes:
@@ -26,7 +26,7 @@ MOST_SAMPLED = 3
 """Inputs of a node in a sampled cell, at most."""
 
 Inputs = tuple[tuple[tuple[int, str], ...], ...]
-"""Of node 1, 2, ...: its (predecessor, operation)s."""
+"""For node 1, 2, ...: its (predecessor, operation) pairs."""
 
 
 def inputs_name(node: int) -> str:

@@ -229,7 +229,7 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(layer.hidden, eps=NORM_EPSILON)
 
     def forward(self, x: Tensor, lengths: Tensor | None, dropped: tuple[Tensor | float, Tensor | float]) -> Tensor:
-        """`dropped`: masks (B, 1, H) of what the operation and the feed-forward stack add."""
+        """`dropped`: masks (B, 1, H) on the outputs of the operation and of the feed-forward stack."""
         mixed = self.operation(x, lengths)
         if self.projection is not None and self.norm is not None:
             mixed = self.norm(x + self.projection(mixed) * dropped[0])
@@ -271,7 +271,7 @@ class Encoder(Body):
         return list(self.layers)
 
     def draw_masks(self, batch_size: int, rates: Mapping[str, float], generator: torch.Generator) -> Masks:
-        """`x` on the embeddings; `hidden` on what each operation and each feed-forward stack adds. (B, H) each."""
+        """`x` on the embeddings; `hidden` on the output of each operation and each feed-forward stack. (B, H) each."""
         like = next(self.parameters())
         masks = {}
         if rates.get("x", 0.0) > 0:
@@ -286,7 +286,7 @@ class Encoder(Body):
     def forward(
         self, inputs: Tensor, state: None, masks: Masks, choice: Choice = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """`lengths` (B,): how many positions of each sequence are real; features of the others mean nothing.
+        """`lengths` (B,): number of real positions of each sequence; features of the others mean nothing.
 
         Raises:
             UserError: longer than `max_length`.

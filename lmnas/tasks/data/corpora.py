@@ -82,7 +82,7 @@ class Corpus:
         return {token: number for number, token in enumerate(self.vocabulary)}
 
     def info(self) -> dict[str, Any]:
-        """What a result says about its data: name, fingerprint, sizes."""
+        """Data section of a result: name, fingerprint, sizes."""
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -192,7 +192,7 @@ class _Part:
     start: float = 0.0
     stop: float = float("inf")
     changed: Callable[[], bool] = lambda: False
-    """Whether the text is no longer the one whose digest enters the fingerprint."""
+    """True if the text is no longer the one whose digest enters the fingerprint."""
 
     def tokens(self, tokenizer: str) -> Iterator[list[str]]:
         """The tokens of one line, or of a piece of a very long one, at a time."""
@@ -210,13 +210,13 @@ class _Part:
 
 
 _Source = tuple[dict[str, _Part], list[Any]]
-"""The splits' text, and what identifies it."""
+"""The splits' text, and values that identify it."""
 _Entry = tuple[dict[str, Any], dict[str, torch.Tensor]]
-"""What the cache holds: the meta data, and split -> ids."""
+"""Content of the cache: the metadata, and split -> ids."""
 
 
 def _pieces(stream: TextIO) -> Iterator[tuple[int, str, bool]]:
-    """(position, text, whether a line ends after it): lines, and pieces of a line that is longer than _PIECE."""
+    """(position, text, True if a line ends after it): lines, and pieces of a line that is longer than _PIECE."""
     position, carry = 0, ""
     while read := stream.readline(_PIECE):
         text, cut = carry + read, 0
@@ -241,7 +241,7 @@ def _open(path: Path) -> TextIO:
 
 
 def _scan(path: Path) -> tuple[str, int]:
-    """sha256 of the bytes; characters of the text with every line ended by one newline. Refuses what is not text."""
+    """sha256 of the bytes; characters of the text with every line ended by one newline. Refuses non-text files."""
     digest, n_bytes, n_characters, last = hashlib.sha256(), 0, 0, ""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     try:
@@ -269,7 +269,7 @@ def _scan(path: Path) -> tuple[str, int]:
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """Equal for a file that nobody wrote to or replaced in between."""
+    """Identity of a file, equal if it was neither written to nor replaced in between."""
     try:
         found = path.stat()
     except OSError as error:
@@ -278,7 +278,7 @@ def _state(path: Path) -> tuple[int, ...]:
 
 
 def _watch(path: Path) -> Callable[[], bool]:
-    """Tells whether the file was written to or replaced after this call."""
+    """A function that is true once the file was written to or replaced after this call."""
     before = _state(path)
     return lambda: _state(path) != before
 

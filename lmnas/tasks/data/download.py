@@ -1,4 +1,4 @@
-"""Where the named data sets come from: Python itself (pydoc), a local folder, or a download.
+"""Sources of the named data sets: Python itself (pydoc), a local folder, or a download.
 
 Checksums: WikiText's are those torchtext published for the original (now closed) host; the author's own mirror, used
 here, serves the same archives. Penn Treebank's (Mikolov's preprocessing) are those of the widely mirrored text, as the

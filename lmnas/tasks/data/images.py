@@ -64,7 +64,7 @@ class ImageSet:
         """Images and labels of one split.
 
         Args:
-            n_valid: hold so many out instead: searches may split the training images otherwise (DARTS: half of them).
+            n_valid: number of training images held out instead, for searches (DARTS: half of them).
 
         Raises:
             UserError: the held-out part leaves nothing to train on.
@@ -96,7 +96,7 @@ class ImageSet:
         return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
 
     def info(self) -> dict[str, Any]:
-        """What a result says about its data: name, fingerprint, sizes."""
+        """Data section of a result: name, fingerprint, sizes."""
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,

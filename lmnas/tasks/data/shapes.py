@@ -16,7 +16,7 @@ SIZE = 16
 """Pixels of a side."""
 N_TRAIN, N_TEST = 8000, 2000
 VERSION = 1
-"""To be raised when what is drawn changes."""
+"""Version of the drawing, raised when the images change."""
 _CHUNK = 1000
 
 

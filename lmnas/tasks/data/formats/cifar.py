@@ -17,7 +17,7 @@ from lmnas.core.errors import UserError
 from lmnas.tasks.data.formats.source import Arrays, Source, check_labels, content, sha256
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-"""In the order of the labels, for files that do not say."""
+"""Names of the classes in the order of the labels, for files that do not give them."""
 ARCHIVE = "cifar-10-binary.tar.gz"
 _FOLDER, _PYTHON = "cifar-10-batches-bin", "cifar-10-batches-py"
 _BATCHES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}

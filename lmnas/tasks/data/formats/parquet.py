@@ -26,7 +26,7 @@ from lmnas.tasks.data.formats.source import (
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image"), ("label", "labels", "fine_label")
 _MOST_CLASSES = 1 << 16
-"""Of files that do not name their classes: a label above is taken for a mistake."""
+"""Largest number of classes of files that do not name them: a label above counts as a mistake."""
 
 
 def find(folder: Path) -> Source | None:

@@ -1,4 +1,4 @@
-"""Source of images: what a format hands over, and the checks that formats share."""
+"""Source of images, the result of a format, and the checks that formats share."""
 
 import hashlib
 import importlib
