@@ -172,7 +172,7 @@ def score_all(
 def read_genotypes(source: str) -> list[tuple[str, Genotype]]:
     """(name, genotype) of a genotype's file or name, or of every line of a .jsonl file.
 
-    A line is a genotype document, or an entry of the NAS-Bench-NLP table (`id`, `recipe`).
+    A line is a genotype document, or an entry of a space's published table.
 
     Raises:
         UserError: no such thing, or a line that is neither.
@@ -191,8 +191,8 @@ def read_genotypes(source: str) -> list[tuple[str, Genotype]]:
             document = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{source}, line {number}: not JSON ({error})") from None
-        if isinstance(document, dict) and isinstance(document.get("recipe"), dict):
-            document = {"format": 1, "space": "recurrent-graph", "choices": document["recipe"], **_named(document)}
+        if isinstance(document, dict) and "space" not in document:
+            document = _of_table(document)
         genotype = Genotype.from_dict(document, f"{source}, line {number}")
         found.append((str(document.get("name", document.get("id", genotype.id))), genotype))
     if not found:
@@ -200,8 +200,10 @@ def read_genotypes(source: str) -> list[tuple[str, Genotype]]:
     return found
 
 
-def _named(document: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: document[key] for key in ("name", "id") if key in document}
+def _of_table(entry: dict[str, Any]) -> dict[str, Any]:
+    """The genotype's document that an entry of a space's published table stands for; else the entry itself."""
+    spaces = (registry.component("space", name) for name in registry.names("space"))
+    return next((document for space in spaces if (document := space.from_table(entry)) is not None), entry)
 
 
 def sampled(space: str, n: int, seed: int) -> list[tuple[str, Genotype]]:

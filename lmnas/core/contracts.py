@@ -263,6 +263,24 @@ class Space(ABC):
         """Number that a legal width is a multiple of (heads divide a width)."""
         return 1
 
+    def without_units(self, genotype: Genotype, width: int, inner: Sequence[int]) -> Genotype:
+        """What is left of an architecture when only some of its units are kept, maybe in another space.
+
+        Args:
+            width: dimensions of the embedding that are kept, which are the last layer's units.
+            inner: units that are kept of each layer before the last.
+
+        Raises:
+            UserError: the space cannot say it, as is the default.
+        """
+        raise UserError(f"space {self.name!r} cannot say what is left of an architecture with fewer units")
+
+    @classmethod
+    def from_table(cls, entry: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The genotype's document that an entry of a published table of this space stands for; None: it is no such
+        entry, as is the default."""
+        return None
+
 
 class Relaxed(Space):
     """A space whose architectures share the weights of one supernet, which also runs mixtures of them."""
@@ -603,6 +621,26 @@ class SoftmaxModel(Model):
         """Weight (V, H) and bias (V,) of the softmax layer."""
 
 
+@dataclass(frozen=True)
+class UsualModel:
+    """A model of usual sizes around a genotype's body, by which its parameters are counted.
+
+    The sizes are those of the papers' Penn Treebank language model where a task does not say others.
+
+    Attributes:
+        width: of the body.
+        vocabulary, decoder_bias: words of the output layer, and whether each has a bias; None: it is not of words.
+        build: body -> model; None: there is none, and the body alone is counted.
+        words: what was counted, with `{model:,}` and `{body:,}` for the numbers of parameters.
+    """
+
+    width: int = 850
+    vocabulary: int | None = 10_000
+    decoder_bias: bool | None = True
+    build: Callable[[Any], Model] | None = None
+    words: str = "{body:,} in the body"
+
+
 class Task(ABC):
     """Data, head, loss and metric. Its `__init__` takes the recipe's settings by keyword.
 
@@ -617,6 +655,20 @@ class Task(ABC):
     objective: Objective
     model_settings: type
     batch_settings: type
+
+    @classmethod
+    def usual_model(cls, genotype: str, given: Mapping[str, Any]) -> UsualModel:
+        """The model whose parameters are counted for a genotype, without data. Default: none, the body alone.
+
+        Args:
+            genotype: its name, for messages.
+            given: fields of `UsualModel` that the user or the genotype's file states; the others are the task's.
+
+        Raises:
+            UserError: a size that the model does not have.
+        """
+        usual = UsualModel(**given)
+        return replace(usual, words=f"{usual.words}, for embeddings of width {usual.width}")
 
     @abstractmethod
     def data(self) -> dict[str, Any]:

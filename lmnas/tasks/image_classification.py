@@ -12,7 +12,7 @@ Shapes: B batch, C channels, F features, H x W pixels (S x S), K classes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +22,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lmnas.core.contracts import Batch, Choice, ImageBody, Loss, Masks, Model, Objective, Score, Stream, Task
+from lmnas.core.contracts import (
+    Batch,
+    Choice,
+    ImageBody,
+    Loss,
+    Masks,
+    Model,
+    Objective,
+    Score,
+    Stream,
+    Task,
+    UsualModel,
+)
 from lmnas.core.errors import UserError
 from lmnas.core.files import write_json
 from lmnas.core.seeds import generator
@@ -31,6 +43,8 @@ from lmnas.tasks.data.images import ImageSet, open_images, read_pictures
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+USUAL_CHANNELS, USUAL_CLASSES = 36, 10
+"""DARTS's network for CIFAR-10."""
 CALIBRATION_BINS = 15
 """Bins of equal width of the calibration error (Guo et al., 2017, arXiv 1706.04599)."""
 AUXILIARY_SIDE = 8
@@ -294,6 +308,20 @@ class ImageClassification(Task):
         """
         self.images: ImageSet = open_images(data, valid=valid, classes=classes)
         self.objective = Objective("error", "%", "minimize", worst=100.0, items="images")
+
+    @classmethod
+    def usual_model(cls, genotype: str, given: Mapping[str, Any]) -> UsualModel:
+        if "vocabulary" in given:
+            raise UserError(f"--vocabulary: genotype {genotype} is a network for images")
+        settings = ModelSettings(width=given.get("width", USUAL_CHANNELS))
+        return UsualModel(
+            width=settings.width,
+            vocabulary=None,
+            decoder_bias=None,
+            build=lambda body: ImageClassifier(body, USUAL_CLASSES, settings),
+            words=f"{{model:,}} as a classifier of {settings.width} channels at first and {USUAL_CLASSES} classes, "
+            "{body:,} in the body",
+        )
 
     def data(self) -> dict[str, Any]:
         return self.images.info()

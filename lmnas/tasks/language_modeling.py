@@ -8,7 +8,7 @@ Shapes: T time, B batch, H width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +31,7 @@ from lmnas.core.contracts import (
     State,
     Stream,
     Task,
+    UsualModel,
 )
 from lmnas.core.errors import UserError
 from lmnas.core.files import write_json
@@ -286,6 +287,18 @@ class LanguageModeling(Task):
             self.objective = Objective("perplexity", "per word", "minimize")
         else:
             self.objective = Objective("bits", "per character", "minimize")
+
+    @classmethod
+    def usual_model(cls, genotype: str, given: Mapping[str, Any]) -> UsualModel:
+        usual = UsualModel(**given)
+        words, bias = usual.vocabulary or 0, bool(usual.decoder_bias)
+        settings = ModelSettings(width=usual.width, decoder_bias=bias)
+        return replace(
+            usual,
+            build=lambda body: LanguageModel(body, words, settings),
+            words=f"{{model:,}} as a language model of width {usual.width} and {words:,} words "
+            f"({'with' if bias else 'without'} an output bias), {{body:,}} in the cell",
+        )
 
     def data(self) -> dict[str, Any]:
         return self.corpus.info()

@@ -16,7 +16,7 @@ import lmnas
 from lmnas.cli.main import main
 from lmnas.core import registry
 from lmnas.core.errors import Interrupted
-from lmnas.core.genotype import Genotype
+from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.job import Job
 from lmnas.core.seeds import generator
 from lmnas.nn.sparsity import training as sparse_training
@@ -265,14 +265,23 @@ def test_nan_goes_back_and_on(tiny_task, tmp_path, monkeypatch):
 
 def test_smaller_genotypes():
     two = Genotype("lstm", {"layers": 2})
-    assert smaller_genotype(two, {"embedding": [0, 2], "layer 1": [1, 2]}) == (two, 2)
-    changed, width = smaller_genotype(two, {"embedding": [0, 2], "layer 1": [1]})
+    assert smaller_genotype(two, {"embedding": 2, "layer 1": 2}) == (two, 2)
+    changed, width = smaller_genotype(two, {"embedding": 2, "layer 1": 1})
     assert (changed.space, dict(changed.choices), width) == (
         "recurrent-layers",
         {"cell": "lstm", "layers": 2, "units_1": 1},
         2,
     )
     covering_space(changed)
+    plain = Genotype("recurrent-layers", {"cell": "rnn", "layers": 3, "units_1": 16, "units_2": 32})
+    changed, width = smaller_genotype(plain, {"embedding": 5, "layer 1": 5, "layer 2": 5})
+    assert (dict(changed.choices), width) == ({"cell": "rnn", "layers": 3, "units_1": 5, "units_2": 5}, 5)
+    covering_space(changed)
+
+
+def test_a_space_that_cannot_say_what_is_left_is_refused():
+    with pytest.raises(UserError, match="space 'recurrent-cell' cannot say what is left of an architecture with fewer"):
+        smaller_genotype(load_genotype("darts-v2"), {"embedding": 4})
 
 
 # ------------------------------------------------------------------------------------------------- the planted network

@@ -11,7 +11,7 @@ from lmnas.core.job import Job
 from lmnas.nn.sparsity.training import OUTER, Sparsity, layout, sparsify
 from lmnas.nn.train import n_parameters, save_weights
 from lmnas.nn.training.settings import Training
-from lmnas.runs.build import build_model, load_model, space_for
+from lmnas.runs.build import build_model, covering_space, load_model, space_for
 from lmnas.runs.work import JobKind, Workplace
 
 DENSE = "dense.safetensors"
@@ -46,7 +46,8 @@ class Compress(JobKind):
             )
             for family in strips.families
         }
-        genotype, width = smaller_genotype(Genotype.from_dict(self.dense["genotype"]), found["kept"])
+        units = {family.name: len(found["kept"][family.name]) for family in strips.families}
+        genotype, width = smaller_genotype(Genotype.from_dict(self.dense["genotype"]), units)
         model = {**self.dense["model"], "width": width}
         changed = replace(training, model={**training.model, **model})
         reduced = build_model(task, genotype, changed, space=space_for(recipe, genotype)).to(device)
@@ -76,13 +77,14 @@ def at_rate(training: Training, learning_rate: float) -> Training:
     return replace(training, optimizer=optimizer)
 
 
-def smaller_genotype(genotype: Genotype, kept: dict[str, list[int]]) -> tuple[Genotype, int]:
-    """Genotype and width of the remaining layers; an `lstm` stays one while all its layers have one size."""
-    layers = genotype.choices["layers"]
-    width = len(kept[OUTER])
-    inner = [len(kept[f"layer {i}"]) for i in range(1, layers)]
-    if genotype.space != "recurrent-layers" and all(units == width for units in inner):
-        return genotype, width
-    cell = genotype.choices.get("cell", "lstm")
-    units = {f"units_{i}": count for i, count in enumerate(inner, start=1)}
-    return Genotype("recurrent-layers", {"cell": cell, "layers": layers, **units}), width
+def smaller_genotype(genotype: Genotype, units: Mapping[str, int]) -> tuple[Genotype, int]:
+    """Genotype of the remaining units, and its width.
+
+    Args:
+        units: family of strips -> how many are kept, layer after layer.
+
+    Raises:
+        UserError: its space cannot say it.
+    """
+    inner = [count for name, count in units.items() if name != OUTER]
+    return covering_space(genotype).without_units(genotype, units[OUTER], inner), units[OUTER]

@@ -122,6 +122,14 @@ class RecurrentGraph(GraphSpace):
     def covering(cls, genotype: Genotype) -> "RecurrentGraph":
         return cls(direct_memory=True)
 
+    @classmethod
+    def from_table(cls, entry: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Of NAS-Bench-NLP: `id` and `recipe`."""
+        if not isinstance(entry.get("recipe"), dict):
+            return None
+        named = {key: entry[key] for key in ("name", "id") if key in entry}
+        return {"format": 1, "space": cls.name, "choices": entry["recipe"], **named}
+
     def _members(self, data: str) -> list[Genotype]:
         """The trained cells of a table, isomorphic ones once.
 

@@ -12,7 +12,7 @@ Shapes: T time, B batch, H width of the embedding, units: a layer's own width.
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -60,10 +60,19 @@ class RecurrentLayers(Space):
         inner = [genotype.choices[f"units_{i}"] for i in range(1, genotype.choices["layers"])]
         return LayersBody(genotype.choices["cell"], inner, width)
 
+    def without_units(self, genotype: Genotype, width: int, inner: Sequence[int]) -> Genotype:
+        return layers_of(genotype.choices["cell"], inner)
+
     def diagram(self, genotype: Genotype) -> Diagram:
         cell, layers = genotype.choices["cell"].upper(), genotype.choices["layers"]
         labels = [f"{cell} {i}: {genotype.choices[f'units_{i}']}" for i in range(1, layers)] + [f"{cell} {layers}"]
         return _chain(self.name, labels)
+
+
+def layers_of(cell: str, inner: Sequence[int]) -> Genotype:
+    """The genotype of `RecurrentLayers` with inner layers of the given sizes."""
+    units = {f"units_{i}": count for i, count in enumerate(inner, start=1)}
+    return Genotype(RecurrentLayers.name, {"cell": cell, "layers": len(inner) + 1, **units})
 
 
 class LSTM(Space):
@@ -88,6 +97,10 @@ class LSTM(Space):
     def build(self, genotype: Genotype, width: int) -> "LSTMBody":
         self.check(genotype)
         return LSTMBody(genotype.choices["layers"], width)
+
+    def without_units(self, genotype: Genotype, width: int, inner: Sequence[int]) -> Genotype:
+        """Itself while all layers agree, else layers of their own sizes."""
+        return genotype if all(units == width for units in inner) else layers_of("lstm", inner)
 
     def diagram(self, genotype: Genotype) -> Diagram:
         return _chain(self.name, [f"LSTM {i}" for i in range(1, genotype.choices["layers"] + 1)])
