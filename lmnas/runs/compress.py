@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from lmnas.core.contracts import Model, Task
 from lmnas.core.errors import Interrupted, UserError
 from lmnas.core.files import digest, write_atomic, write_json
 from lmnas.core.genotype import Genotype
@@ -28,7 +29,7 @@ from lmnas.runs.directory import Run
 from lmnas.runs.environment import environment
 from lmnas.runs.executors.base import Setup, default_threads
 from lmnas.runs.executors.inline import Inline
-from lmnas.runs.job_kinds.compress import DENSE, Compress
+from lmnas.runs.job_kinds.compress import DENSE, Compress, smaller_genotype
 from lmnas.runs.job_kinds.finetune import Finetune
 from lmnas.runs.job_kinds.test import Test
 from lmnas.runs.kernel_choice import read_pin, write_pin
@@ -61,9 +62,8 @@ def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:
         weights, dense = _trained(source)
     if (out / "recipe.yaml").is_file() and not (out / SPEC).is_file():
         raise UserError(f"--out {out}: the folder holds a run of its own; name another")
-    opened_recipe = open_checked(recipe, source).opened
-    task, device = opened_recipe.task, opened_recipe.device
-    layout(load_model(recipe, task, dense, source / "model.safetensors"))
+    here = open_checked(recipe, source).opened
+    _check_reducible(load_model(recipe, here.task, dense, source / "model.safetensors"), dense)
     first = _job(options, recipe, dense, digest(weights))
     threads = recipe.execution.threads or default_threads(1)
     with Run(out, recipe) as opened:
@@ -71,66 +71,24 @@ def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:
         if pin is not None:
             write_pin(out, pin)
             pin.apply()
-        stop = Stop(display)
-        executor = Inline(1, Setup(threads), display.update, lambda: stop.asked)
-
-        def do(name: str, spec: Spec) -> dict[str, Any]:
-            ((_, result),) = executor.run([job_call(out, str(device), name, spec)])
-            if stop.asked:
-                raise Interrupted
-            if result["status"] != "ok":
-                raise UserError(f"compress {source}: {result['failure']}")
-            return result
-
-        with stop:
-            cut = do("compress", first.spec())
-            tune = Finetune(
-                cut["genotype"], cut["model"], options.seed, options.epochs, first.learning_rate, reduced="compress"
-            )
-            tuned = do("finetune", tune.spec())
-            tested = do("test", Test("finetune").spec())
-        genotype = Genotype.from_dict(cut["genotype"])
-        objective = task.objective
-        settings = {key: value for key, value in first.spec().items() if key not in ("kind", "dense", "digest")}
+        done = _jobs(options, out, str(here.device), threads, first, display)
         results = {
             "format": FORMAT,
             "name": f"{recipe.name}, compressed",
-            "objective": asdict(objective),
-            "data": task.data(),
-            "environment": environment(device, threads),
-            **settings,
-            "strength": cut["strength"],
-            "epochs": options.epochs,
-            "genotype": {**genotype.to_dict(), "id": genotype.id},
-            "before": {
-                "genotype_id": Genotype.from_dict(dense["genotype"]).id,
-                "n_parameters": cut["n_parameters_before"],
-                "units": {name: len(norms) for name, norms in cut["rounds"][-1]["norms"].items()},
-                **{split: score["value"] for split, score in cut["before"].items()},
-            },
-            "masked": {"valid": cut["masked_value"]},
-            "cut": {"valid": cut["value"]},
-            "after": {
-                "genotype_id": genotype.id,
-                "n_parameters": cut["n_parameters"],
-                "units": {name: len(kept) for name, kept in cut["kept"].items()},
-                "valid": tuned["value"],
-                "test": tested["value"],
-                "fine_tuned_epochs": tuned["epoch"],
-            },
-            "kept": cut["kept"],
-            "begin": cut["begin"],
-            "rounds": cut["rounds"],
-            "seconds": {"compress": cut["seconds"], "finetune": tuned["seconds"], "test": tested["seconds"]},
+            "objective": asdict(here.task.objective),
+            "data": here.task.data(),
+            "environment": environment(here.device, threads),
+            **_found(first, options.epochs, done),
         }
-        name = f"{recipe.name}, compressed"
-        write_json(out / "genotype.json", {**genotype.to_dict(), "name": name})
-        shutil.copyfile(opened.job("finetune") / "job.json", out / "model.json")
-        write_atomic(out / "model.safetensors", (opened.job("finetune") / "model.safetensors").read_bytes())
-        task.save_assets(out)
-        opened.write_results(results)
-        save(picture(results), out / PICTURE)
+        _leave(opened, here.task, results)
     return {**results, "run": str(source), "out": str(out), "pictures": [str(out / PICTURE)]}
+
+
+def _check_reducible(model: Model, dense: dict[str, Any]) -> None:
+    """Refuse a model that cannot be made smaller: its body has no strips, or its space has no smaller genotypes."""
+    smaller_genotype(
+        Genotype.from_dict(dense["genotype"]), {family.name: family.size for family in layout(model).families}
+    )
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -188,6 +146,78 @@ def _begin(out: Run, spec: dict[str, Any], weights: bytes, dense: dict[str, Any]
         shutil.rmtree(out.path / "jobs")
     write_atomic(out.path / DENSE, weights)
     write_json(out.path / SPEC, dense)
+
+
+def _jobs(
+    options: argparse.Namespace, out: Path, device: str, threads: int, first: Compress, display: Display
+) -> dict[str, dict[str, Any]]:
+    """The results of the three jobs by their names: units taken out, the smaller model trained, and tested."""
+    stop = Stop(display)
+    executor = Inline(1, Setup(threads), display.update, lambda: stop.asked)
+
+    def do(name: str, spec: Spec) -> dict[str, Any]:
+        ((_, result),) = executor.run([job_call(out, device, name, spec)])
+        if stop.asked:
+            raise Interrupted
+        if result["status"] != "ok":
+            raise UserError(f"compress {options.run}: {result['failure']}")
+        return result
+
+    with stop:
+        cut = do("compress", first.spec())
+        tune = Finetune(
+            cut["genotype"], cut["model"], options.seed, options.epochs, first.learning_rate, reduced="compress"
+        )
+        return {
+            "compress": cut,
+            "finetune": do("finetune", tune.spec()),
+            "test": do("test", Test("finetune").spec()),
+        }
+
+
+def _found(first: Compress, epochs: int, done: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the jobs found, beside the settings that they had."""
+    cut, tuned, tested = done["compress"], done["finetune"], done["test"]
+    genotype = Genotype.from_dict(cut["genotype"])
+    settings = {key: value for key, value in first.spec().items() if key not in ("kind", "dense", "digest")}
+    return {
+        **settings,
+        "strength": cut["strength"],
+        "epochs": epochs,
+        "genotype": {**genotype.to_dict(), "id": genotype.id},
+        "before": {
+            "genotype_id": Genotype.from_dict(first.dense["genotype"]).id,
+            "n_parameters": cut["n_parameters_before"],
+            "units": {name: len(norms) for name, norms in cut["rounds"][-1]["norms"].items()},
+            **{split: score["value"] for split, score in cut["before"].items()},
+        },
+        "masked": {"valid": cut["masked_value"]},
+        "cut": {"valid": cut["value"]},
+        "after": {
+            "genotype_id": genotype.id,
+            "n_parameters": cut["n_parameters"],
+            "units": {name: len(kept) for name, kept in cut["kept"].items()},
+            "valid": tuned["value"],
+            "test": tested["value"],
+            "fine_tuned_epochs": tuned["epoch"],
+        },
+        "kept": cut["kept"],
+        "begin": cut["begin"],
+        "rounds": cut["rounds"],
+        "seconds": {name: result["seconds"] for name, result in done.items()},
+    }
+
+
+def _leave(run: Run, task: Task, results: dict[str, Any]) -> None:
+    """Put the smaller model, its genotype, the results and their picture there."""
+    tuned = run.job("finetune")
+    genotype = {key: value for key, value in results["genotype"].items() if key != "id"}
+    write_json(run.path / "genotype.json", {**genotype, "name": results["name"]})
+    shutil.copyfile(tuned / "job.json", run.path / "model.json")
+    write_atomic(run.path / "model.safetensors", (tuned / "model.safetensors").read_bytes())
+    task.save_assets(run.path)
+    run.write_results(results)
+    save(picture(results), run.path / PICTURE)
 
 
 def _difference(found: dict[str, Any], spec: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import yaml
 import lmnas
 from lmnas.cli.main import main
 from lmnas.core import registry
-from lmnas.core.errors import Interrupted
+from lmnas.core.errors import Interrupted, UserError
 from lmnas.core.genotype import Genotype, load_genotype
 from lmnas.core.job import Job
 from lmnas.core.seeds import generator
