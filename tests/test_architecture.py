@@ -157,7 +157,7 @@ OWN_KINDS = {
 ASKED = {
     "lmnas/cli/bench/options.py": "hasattr(os, 'sched_getaffinity')",  # of the operating system
     "lmnas/nn/kernels/library.py": "hasattr(library, 'gnu_get_libc_version')",  # of the C library
-    "lmnas/core/registry.py": "getattr(owner, 'model_fields', {})",  # of a pydantic model or anything else
+    "lmnas/core/settings.py": "getattr(owner, 'model_fields', {})",  # of a pydantic model or anything else
 }
 """Members looked up by name where there is no class of ours to have a default."""
 

@@ -25,6 +25,7 @@ from lmnas.core.genotype import Genotype
 from lmnas.core.job import Job
 from lmnas.core.nests import map_tensors
 from lmnas.core.seeds import generator
+from lmnas.core.settings import settings_model
 from lmnas.nn.train import initialise
 from lmnas.runs.build import covering_space
 
@@ -61,7 +62,7 @@ def text(tmp_path_factory, cache):
 
 def known(kind, name, settings):
     """Those of `settings` that the component has."""
-    fields = registry.settings_model(registry.component(kind, name)).model_fields
+    fields = settings_model(registry.component(kind, name)).model_fields
     return {key: value for key, value in settings.items() if key in fields}
 
 

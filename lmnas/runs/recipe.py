@@ -17,7 +17,7 @@ from pydantic import Field
 from lmnas.core import registry
 from lmnas.core.capabilities import refuse_unfit
 from lmnas.core.errors import UserError, nearest
-from lmnas.core.registry import STRICT, checked, settings_model
+from lmnas.core.settings import STRICT, checked, settings_model
 from lmnas.nn.kernel_table import CHOICES
 from lmnas.nn.training.settings import Training
 

@@ -15,8 +15,8 @@ from lmnas.core.errors import Diverged, Interrupted, NotFinite, UserError
 from lmnas.core.events import read_events
 from lmnas.core.genotype import load_genotype
 from lmnas.core.job import Job
-from lmnas.core.registry import checked, settings_model
 from lmnas.core.seeds import generator
+from lmnas.core.settings import checked, settings_model
 from lmnas.nn.train import fit, initialise
 from lmnas.nn.training.averaging import averaged_model, should_average
 from lmnas.nn.training.settings import Optimizer, Training

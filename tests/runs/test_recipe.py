@@ -10,6 +10,7 @@ import yaml
 from lmnas.core import registry
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import load_genotype
+from lmnas.core.settings import settings_model
 from lmnas.runs.recipe import (
     RECIPES,
     SECTIONS,
@@ -57,7 +58,7 @@ def test_resolved_recipes_hold_every_setting():
     assert document["task"]["level"] == "word"
     assert document["train"]["training"]["optimizer"]["clip"] == 0.25
     for section in SECTIONS:
-        known = registry.settings_model(registry.component(section, document[section]["name"])).model_fields
+        known = settings_model(registry.component(section, document[section]["name"])).model_fields
         assert set(document[section]) == {"name", *known}
 
 

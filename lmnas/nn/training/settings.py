@@ -9,7 +9,7 @@ from pydantic import Field
 from lmnas.core import registry
 from lmnas.core.errors import UserError
 from lmnas.core.length import UNITS, Length
-from lmnas.core.registry import STRICT, checked, settings_model
+from lmnas.core.settings import STRICT, checked, settings_model
 
 if TYPE_CHECKING:
     from lmnas.core.contracts import Role, Task

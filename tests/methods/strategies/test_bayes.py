@@ -9,12 +9,12 @@ import pytest
 import tiny
 import torch
 
-from lmnas.core import registry
 from lmnas.core.checkpoints import pack, unpack
 from lmnas.core.contracts import LearnStep, Objective
 from lmnas.core.errors import Emptied, UserError
 from lmnas.core.events import read_events
 from lmnas.core.job import Job
+from lmnas.core.settings import settings_model
 from lmnas.methods.estimators.shared import Shared
 from lmnas.methods.strategies.bayes import Bayes
 from lmnas.nn.curvature import METHODS
@@ -340,7 +340,7 @@ def test_what_it_cannot_judge_is_refused():
 
 
 def test_every_curvature_may_be_named():
-    annotation = registry.settings_model(Bayes).model_fields["curvature"].annotation
+    annotation = settings_model(Bayes).model_fields["curvature"].annotation
     assert set(get_args(annotation)) == set(METHODS)
 
 

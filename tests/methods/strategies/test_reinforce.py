@@ -15,7 +15,7 @@ from lmnas.core.contracts import Objective
 from lmnas.core.decisions import Decisions, OneOf, Subset
 from lmnas.core.errors import UserError
 from lmnas.core.genotype import Genotype
-from lmnas.core.registry import settings_model
+from lmnas.core.settings import settings_model
 from lmnas.methods.strategies.controller import Controller
 from lmnas.methods.strategies.random_search import RandomSearch
 from lmnas.methods.strategies.reinforce import Reinforce
