@@ -16,7 +16,7 @@ from typing import Any
 
 from lmnas.core.capabilities import check_words
 from lmnas.core.errors import UserError, nearest
-from lmnas.core.settings import checked, settings_model
+from lmnas.core.settings import checked, settings_model, unknown_setting
 
 COMPONENTS: dict[str, dict[str, str]] = {
     "space": {
@@ -142,16 +142,36 @@ def summary(kind: str, name: str) -> str:
     Raises:
         UserError: it cannot be imported.
     """
+    source = _source(kind, name)
+    # else made by a function, or of a base class
+    text = (source and ast.get_docstring(source)) or inspect.getdoc(component(kind, name)) or ""
+    return text.strip().partition("\n")[0]
+
+
+def setting_names(kind: str, name: str) -> list[str]:
+    """The settings that a component takes, in order, read from its source where that says it.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    source = _source(kind, name)
+    methods = [node for node in source.body if isinstance(node, ast.FunctionDef)] if source else []
+    # a decorator or a __new__ may take others than __init__ says
+    if source and not source.decorator_list and not any(node.name == "__new__" for node in methods):
+        for node in methods:
+            if node.name == "__init__" and not node.decorator_list:
+                return [argument.arg for argument in node.args.kwonlyargs]
+    return list(settings_model(component(kind, name)).model_fields)
+
+
+def _source(kind: str, name: str) -> ast.ClassDef | None:
+    """The class registered as `name`, parsed and not imported; None: its module does not define it as a class."""
     module, _, attribute = COMPONENTS[kind][known(kind, name)].partition(":")
-    text = None
     with contextlib.suppress(ImportError, OSError, SyntaxError, ValueError):
         found = importlib.util.find_spec(module)
         tree = ast.parse(Path(found.origin if found and found.origin else "").read_text(encoding="utf-8"))
-        owners = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == attribute)
-        text = next((ast.get_docstring(node) for node in owners), None)
-    # made by a function, or of a base class
-    text = text or inspect.getdoc(component(kind, name)) or ""
-    return text.strip().partition("\n")[0]
+        return next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == attribute), None)
+    return None
 
 
 def component(kind: str, name: object) -> Any:
@@ -175,6 +195,18 @@ def component(kind: str, name: object) -> Any:
             raise UserError(f"{kind} {name!r}: {COMPONENTS[kind][name]} states no {attribute!r}")
         check_words(words, f"{kind} {name!r}")
     return found
+
+
+def refuse_unknown_settings(kind: str, section: Mapping[str, Any], where: str) -> None:
+    """Refuse a setting that the component of `section` does not take, without importing it.
+
+    Raises:
+        UserError: names the nearest that it takes.
+    """
+    names = setting_names(kind, section["name"])
+    for key in section:
+        if key != "name" and key not in names:
+            raise UserError(unknown_setting(f"{where}.{key}", key, names))
 
 
 def settings_of(kind: str, section: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Settings of components and recipes: their models, and the one line that refuses what cannot be right."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args
 
@@ -54,7 +54,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in (where, *first["loc"]) if part != "")
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
-        return f"{path}: unknown setting. " + nearest(first["loc"][-1], _fields_at(model, first["loc"][:-1]))
+        return unknown_setting(path, first["loc"][-1], _fields_at(model, first["loc"][:-1]))
     if first["type"] == "missing":
         return f"{path}: missing, it has no default"
     message = first["msg"].removeprefix("Value error, ")
@@ -63,6 +63,11 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     given = repr(first["input"])
     shown = given if len(given) <= 80 else f"{given[:77]}..."
     return f"{path}: {message[0].lower()}{message[1:]}, got {shown}"
+
+
+def unknown_setting(where: str, name: object, known: Collection[str]) -> str:
+    """The line that refuses the setting `name` at the place `where`."""
+    return f"{where}: unknown setting. " + nearest(name, known)
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

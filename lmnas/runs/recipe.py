@@ -186,7 +186,7 @@ def override(document: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _kept(section: str, name: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that a new component keeps of the one before: those of training, if it trains models."""
-    takes = settings_model(registry.component(section, name)).model_fields
+    takes = registry.setting_names(section, name)
     return {key: settings[key] for key in ("training",) if key in settings and key in takes}
 
 
@@ -227,6 +227,8 @@ def check(recipe: Recipe) -> None:
         if "name" not in value:
             raise UserError(f"{section}: 'name' is missing. Known: {', '.join(registry.names(section))}.")
         registry.known(section, value["name"])
+    for section in SECTIONS:
+        registry.refuse_unknown_settings(section, getattr(recipe, section), section)
     for section in SECTIONS:
         registry.settings_of(section, getattr(recipe, section), section)
     if recipe.execution.executor is not None:

@@ -5,6 +5,10 @@ import sys
 
 import pytest
 
+from lmnas.core import registry
+from lmnas.core.settings import settings_model
+from lmnas.runs.recipe import SECTIONS
+
 CODE = """
 import sys
 from lmnas.cli.main import main
@@ -14,6 +18,13 @@ except SystemExit as end:
     code = end.code
 print(sorted({"torch", "optuna", "numpy"} & sys.modules.keys()), code, file=sys.stderr)
 """
+
+
+@pytest.mark.parametrize("kind", [*SECTIONS, "metric"])
+def test_settings_are_read_from_the_source(kind):
+    """As importing the component says them, in the same order."""
+    for name in registry.names(kind):
+        assert registry.setting_names(kind, name) == list(settings_model(registry.component(kind, name)).model_fields)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +37,11 @@ print(sorted({"torch", "optuna", "numpy"} & sys.modules.keys()), code, file=sys.
         (["search", "quickstart", "--strategy", "randam"], 2),
         (["search", "quickstart", "--train.seeds", "many"], 2),
         (["search", "quickstart", "--sead", "3"], 2),
+        (["search", "quickstart", "--strategy.learnig_rate", "3"], 2),
+        (["search", "quickstart", "--task.dta", "x"], 2),
+        (["search", "quickstart", "--space.nods", "4"], 2),
+        (["search", "quickstart", "--strategy", "random", "--strategy.rate", "3"], 2),
+        (["search", "quickstart", "--strategy", "bayes", "--strategy.rate", "3"], 2),
     ],
 )
 def test_no_torch_is_imported(arguments, code):
