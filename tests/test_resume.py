@@ -267,6 +267,15 @@ def test_a_second_process_on_one_directory_is_refused(untouched, tmp_path, capsy
     Run(path, load_recipe(document)).close()  # the lock died with its holder
 
 
+def test_a_lock_that_is_a_link_is_not_followed(data, tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="run .*: cannot be written"):
+        Run(tmp_path / "run", load_recipe(killing.recipe(data)))
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
 def test_a_changed_recipe_is_refused_and_another_way_to_execute_is_not(data, tmp_path):
     document = killing.recipe(data)
     Run(tmp_path, load_recipe(document)).close()

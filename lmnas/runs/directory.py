@@ -8,7 +8,6 @@ kernel.json       which kernel the run keeps
 
 import contextlib
 import errno
-import fcntl
 import functools
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
@@ -54,20 +54,16 @@ class Run:
                 raise UserError(f"run {path}: the folder holds other files ({strangers[0]}) and no run; name another")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / "lock", "a+")  # noqa: SIM115 - held as long as the run is open
+            # the system's own lock: it ends with the process, however that ends; the file stays
+            self._lock = FileLock(
+                path / "lock", blocking=False, thread_local=False, preserve_lock_file=True, on_acquired=_sign
+            )
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(f"run {path}: another process ({_holder(path)}) is working on it") from None
         except OSError as error:
             raise UserError(f"run {path}: cannot be written ({error.strerror})") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip()
-            self._lock.close()
-            raise UserError(f"run {path}: another process ({holder or 'unknown'}) is working on it") from None
-        try:
-            with contextlib.suppress(OSError):  # a full disk: the pid is for information
-                os.ftruncate(self._lock.fileno(), 0)
-                os.write(self._lock.fileno(), f"pid {os.getpid()}".encode())
             self.recipe = self._settle(recipe)
         except BaseException:
             self.close()
@@ -94,7 +90,7 @@ class Run:
         if "storage" in self.__dict__:
             self.storage.remove_session()
             self.storage.engine.dispose()
-        self._lock.close()
+        self._lock.release()
 
     def __enter__(self) -> "Run":
         return self
@@ -147,3 +143,17 @@ class Run:
 
     def write_results(self, results: dict[str, Any]) -> None:
         write_json(self.path / "results.json", results)
+
+
+def _sign(lock: int) -> None:
+    """Leave this process's number in the open lock file, for whoever is refused."""
+    with contextlib.suppress(OSError):  # a full disk: it is for information
+        os.ftruncate(lock, 0)
+        os.write(lock, f"pid {os.getpid()}".encode())
+
+
+def _holder(path: Path) -> str:
+    """What the process that holds a run left in its lock file."""
+    with contextlib.suppress(OSError, ValueError):
+        return (path / "lock").read_text(encoding="utf-8").strip() or "unknown"
+    return "unknown"

@@ -4,7 +4,6 @@ A job is a pure function of the run's recipe and of a few plain arguments, its s
 """
 
 import contextlib
-import fcntl
 import functools
 import json
 from abc import ABC, abstractmethod
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from filelock import FileLock
 
 from lmnas.core import registry
 from lmnas.core.errors import Diverged, UserError
@@ -99,8 +99,7 @@ class Workplace:
         directory = self.job(name)
         directory.mkdir(parents=True, exist_ok=True)
         # a worker whose driver was killed may live for another step: wait for it
-        with open(directory / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(directory / "lock", preserve_lock_file=True):
             _refuse_another(directory, spec)
             done = read_result(directory)
             if done is not None:
