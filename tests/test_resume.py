@@ -271,7 +271,7 @@ def test_a_lock_that_is_a_link_is_not_followed(data, tmp_path):
     (tmp_path / "precious").write_text("kept")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match="run .*: cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         Run(tmp_path / "run", load_recipe(killing.recipe(data)))
     assert (tmp_path / "precious").read_text() == "kept"
 
