@@ -264,7 +264,7 @@ class Space(ABC):
         return 1
 
     def without_units(self, genotype: Genotype, width: int, inner: Sequence[int]) -> Genotype:
-        """What is left of an architecture when only some of its units are kept, maybe in another space.
+        """The architecture that remains when only some units are kept, maybe one of another space.
 
         Args:
             width: dimensions of the embedding that are kept, which are the last layer's units.

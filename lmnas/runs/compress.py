@@ -176,7 +176,7 @@ def _jobs(
 
 
 def _found(first: Compress, epochs: int, done: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the jobs found, beside the settings that they had."""
+    """Findings of the jobs, after the settings that they had."""
     cut, tuned, tested = done["compress"], done["finetune"], done["test"]
     genotype = Genotype.from_dict(cut["genotype"])
     settings = {key: value for key, value in first.spec().items() if key not in ("kind", "dense", "digest")}

@@ -153,7 +153,7 @@ def _sign(lock: int) -> None:
 
 
 def _holder(path: Path) -> str:
-    """What the process that holds a run left in its lock file."""
+    """Text that the holder of a run left in its lock file."""
     with contextlib.suppress(OSError, ValueError):
         return (path / "lock").read_text(encoding="utf-8").strip() or "unknown"
     return "unknown"
