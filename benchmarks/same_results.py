@@ -14,7 +14,8 @@ as `python -m lmnas` would.
 
 Compared: exit codes, every JSON document and line of events that a run leaves (NEW may have further keys), the values,
 parameters and notes of all trials in study.db, the names of all jobs, the SHA-256 of every *.safetensors. Not compared:
-times, versions, and the wording of sentences. Exit code 1 where something differs.
+times, versions, the wording of sentences, and what is left by a search that both refuse (NEW may refuse sooner). Exit
+code 1 where something differs.
 """
 
 import argparse
@@ -675,13 +676,14 @@ def compare(old: Path, new: Path, work: Path, taken: list[Case], say: Any = prin
                 beside = path.with_suffix(f".{os.getpid()}")  # another comparison may keep it at the same time
                 beside.write_text(json.dumps({"case": asdict(case), "outcome": expected}))
                 beside.replace(path)
+            codes = {key: code for key, code in expected.items() if key.startswith("exit code")}
+            refused = [code for code in codes.values() if code]
             found = None
             if old.resolve() != new.resolve():
                 outcome = sides[1].run(case)
-                found = difference(expected, outcome)
+                found = difference(codes if refused == [2] else expected, outcome)
                 if found and outcome.get("words"):
                     found += "\n    " + outcome["words"].strip().replace("\n", "\n    ")
-            refused = [code for key, code in expected.items() if key.startswith("exit code") and code]
             state = f"DIFFERENT: {found}" if found else f"equal (exit code {refused[0]})" if refused else "equal"
             say(f"{case.name}: {state}", flush=True)
             first = first or (found and f"{case.name}: {found}")
