@@ -547,7 +547,8 @@ def test_bias_and_constant_of_categories_by_hand():
     assert strategy.controller.biases[0][2] > before[2]
     assert make(space).controller.biases is None
     with pytest.raises(
-        UserError, match=r"strategy.option_bias: 'sep_conv_3x4' is not an option of any decision\. Did you mean 'sep_conv_3x3'"
+        UserError,
+        match=r"strategy.option_bias: 'sep_conv_3x4' is no option of a decision\. Did you mean 'sep_conv_3x3'",
     ):
         make(space, option_bias={"sep_conv_3x4": 1.0})
 
