@@ -271,9 +271,7 @@ class Controller(nn.Module):
         known = {str(option) for heads in options.values() for option in heads}
         for name in start:
             if name not in known:
-                raise UserError(
-                    f"strategy.option_bias: {name!r} is not an option of any decision. " + nearest(name, known)
-                )
+                raise UserError(f"strategy.option_bias: {name!r} is no option of a decision. " + nearest(name, known))
         return [
             nn.Parameter(torch.tensor([start.get(str(option), 0.0) for option in options[head]], dtype=torch.float64))
             for head in range(len(self.heads))
